@@ -1,0 +1,1 @@
+"""Kernels of the chain room: forward-backward and Viterbi of linear chains."""

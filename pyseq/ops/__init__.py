@@ -1,0 +1,11 @@
+"""Fused operations. Every function takes `backend="auto"`; `explain(op, ...)` says who serves and why others do not."""
+
+from pyseq.ops._backend import Backend as Backend
+from pyseq.ops._backend import explain as explain
+from pyseq.ops.chain import crf_log_partition as crf_log_partition
+from pyseq.ops.chain import crf_marginals as crf_marginals
+from pyseq.ops.chain import crf_nll as crf_nll
+from pyseq.ops.chain import crf_score as crf_score
+from pyseq.ops.chain import viterbi as viterbi
+
+__all__ = ["Backend", "crf_log_partition", "crf_marginals", "crf_nll", "crf_score", "explain", "viterbi"]

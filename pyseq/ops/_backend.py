@@ -1,0 +1,142 @@
+"""Which backend serves an op on a device, and the reasons of those that do not."""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "reference", "numba", "cpp", "triton"]
+BACKENDS = ("reference", "numba", "cpp", "triton")
+ROOMS: dict[str, "Room"] = {}
+
+
+@dataclass(frozen=True)
+class Room:
+    """A family of ops that share launchers.
+
+    name: folder of the launchers in `pyseq.kernels`.
+    order: for each device type, the backends `auto` asks, first choice first; other devices get `reference`.
+    limits: the room's own reasons against a backend for these inputs (sizes, dtypes).
+    """
+
+    name: str
+    order: dict[str, tuple[str, ...]]
+    limits: Callable[[str, Tensor], list[str]]
+
+    def __post_init__(self) -> None:
+        ROOMS[self.name] = self
+
+    def reasons(self, backend: str, lead: Tensor) -> list[str]:
+        """Why `backend` cannot serve inputs like `lead`; empty where it can."""
+        return _environment(backend, lead.device.type) or self.limits(backend, lead)
+
+    def choose(self, backend: str, lead: Tensor) -> str:
+        """The backend that serves, or ValueError with the reasons of the one asked for by name."""
+        if backend == "auto":
+            backend = _override()
+        if backend == "auto":
+            for name in self.order.get(lead.device.type, ("reference",)):
+                if not self.reasons(name, lead):
+                    return name
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
+        if reasons := self.reasons(backend, lead):
+            raise ValueError(f"backend {backend!r} cannot serve: {'; '.join(reasons)}")
+        return backend
+
+
+@torch.compiler.assume_constant_result
+def _override() -> str:
+    return os.environ.get("PYSEQ_BACKEND", "auto")
+
+
+def checks_forced() -> bool:
+    """PYSEQ_CHECK=1: value checks raise on every device, at the price of a host synchronisation on the GPU."""
+    return _flag("PYSEQ_CHECK")
+
+
+@torch.compiler.assume_constant_result
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "0") == "1"
+
+
+_FOUND: dict[str, str] = {}
+
+
+def _missing(module: str) -> str:
+    """Why a module cannot be used ('' where it can), looked up once. Only `_C` is imported; it costs microseconds."""
+    if module not in _FOUND:
+        if module == "pyseq._C":
+            try:
+                importlib.import_module(module)
+                _FOUND[module] = ""
+            except ImportError as error:
+                _FOUND[module] = f"the compiled extension is missing ({error}); reinstall pyseq with a C++ compiler"
+        else:
+            found = importlib.util.find_spec(module) is not None
+            _FOUND[module] = "" if found else f"{module} is not installed"
+    return _FOUND[module]
+
+
+@torch.compiler.assume_constant_result
+def _environment(backend: str, device: str) -> list[str]:
+    if backend == "reference":
+        return []
+    if backend == "triton":
+        interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+        if device != "cuda" and not (device == "cpu" and interpreted):
+            return [f"tensors are on {device}, triton needs cuda (or TRITON_INTERPRET=1, for tests)"]
+        reason = _missing("triton")
+    else:
+        if device != "cpu":
+            return [f"tensors are on {device}, {backend} needs cpu"]
+        reason = _missing("numba" if backend == "numba" else "pyseq._C")
+    return [reason] if reason else []
+
+
+_LAUNCHERS: dict[tuple[str, str], ModuleType] = {}
+
+
+def launcher(room: str, backend: str) -> ModuleType:
+    """The module of launchers, imported on first use."""
+    found = _LAUNCHERS.get((room, backend))
+    if found is None:
+        found = _LAUNCHERS[room, backend] = importlib.import_module(f"pyseq.kernels.{room}.{backend}")
+    return found
+
+
+class Explanation(dict[str, list[str]]):
+    """Backend -> reasons against it (none: it serves). `chosen` is what auto takes."""
+
+    chosen: str
+
+    def __str__(self) -> str:
+        rows = []
+        for name, reasons in self.items():
+            verdict = "; ".join(reasons) or ("chosen by auto" if name == self.chosen else "available")
+            rows.append(f"{name:<10} {verdict}")
+        return "\n".join(rows)
+
+
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """What each backend says to this call of `op`: no reasons means that it serves.
+
+    op: a function of `pyseq.ops`; args, kwargs: as for the call itself (only the first tensor matters).
+    Returns a dict of backend -> list of reasons, with `chosen`; print it for a table. Raises TypeError for another
+    function, or when no argument is a tensor.
+    """
+    room = getattr(op, "room", None)
+    if not isinstance(room, Room):
+        raise TypeError(f"explain needs a function of pyseq.ops, got {op!r}")
+    lead = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+    if lead is None:
+        raise TypeError(f"explain({op.__name__}, ...) needs the tensors of the call")
+    out = Explanation({name: room.reasons(name, lead) for name in BACKENDS})
+    out.chosen = room.choose("auto", lead)
+    return out

@@ -1,0 +1,44 @@
+"""Argument checks that every room shares. A message names the argument, what it got and what was wanted."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def tensor(name: str, x: object, meaning: str, rank: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {meaning}, got {type(x).__name__}")
+    if x.dim() != rank:
+        raise ValueError(f"{name} must have shape {meaning}, got {tuple(x.shape)}")
+
+
+def sized(name: str, x: Tensor | None, shape: tuple[int, ...], meaning: str) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {meaning}, got {type(x).__name__}")
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {meaning} = {tuple(shape)}, got {tuple(x.shape)}")
+    return x
+
+
+def floating(name: str, x: Tensor) -> None:
+    if x.dtype not in FLOATS:
+        wanted = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
+        raise TypeError(f"{name} must be of dtype {wanted}, got {x.dtype}")
+
+
+def same_device(name: str, x: Tensor, lead_name: str, lead: Tensor) -> None:
+    if x.device != lead.device:
+        raise ValueError(f"{name} is on {x.device} but {lead_name} is on {lead.device}; move one of them")
+
+
+def parameter(name: str, x: Tensor, lead_name: str, lead: Tensor) -> Tensor:
+    """A float tensor in the dtype that sums are kept in: float64 beside float64, else float32."""
+    floating(name, x)
+    same_device(name, x, lead_name, lead)
+    wide = torch.float64 if lead.dtype == torch.float64 else torch.float32
+    if x.dtype == wide:
+        return x
+    if x.dtype == torch.float64:
+        raise TypeError(f"{name} is {x.dtype} but {lead_name} is {lead.dtype}; convert one of them")
+    return x.to(wide)

@@ -1,0 +1,400 @@
+"""Linear chains: log partition, path score, negative log-likelihood, marginals and Viterbi, fused.
+
+Shapes: emissions (B, T, K), transitions (K, K) where [i, j] scores going from tag i to tag j, start and end (K,), where
+None means zeros. Which steps are live is said by `mask` (B, T) bool or by `lengths` (B,), not both; None means all.
+An absent step is skipped: nothing there is read, and its live neighbours connect directly. An empty sequence has log Z,
+score and loss 0. A score of -inf forbids; its gradient is 0. See docs/chain.md for the derivation.
+"""
+
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from pyseq.kernels.common import BAD_LENGTH, BAD_TAG, NLL, PARTITION, SCORE
+from pyseq.ops import _check
+from pyseq.ops._backend import Backend, Room, checks_forced, launcher
+from pyseq.ops._library import register
+from pyseq.reference import chain as reference
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Optional = Tensor | None
+# emissions, transitions, start, end, tags, mask, lengths
+Chain = tuple[Tensor, Tensor, Optional, Optional, Optional, Optional, Optional]
+TRITON_MAX_TAGS = 1024
+
+
+def _limits(backend: str, emissions: Tensor) -> list[str]:
+    if backend == "triton" and emissions.dim() == 3 and emissions.size(2) > TRITON_MAX_TAGS:
+        return [f"triton serves at most {TRITON_MAX_TAGS} tags, got {emissions.size(2)}"]
+    return []
+
+
+CHAIN = Room("chain", {"cpu": ("cpp", "numba", "reference"), "cuda": ("triton", "reference")}, _limits)
+
+
+def _chain_op(op: Callable[Concatenate[Tensor, Tensor, P], R]) -> Callable[Concatenate[Tensor, Tensor, P], R]:
+    op.room = CHAIN  # type: ignore[attr-defined]
+    return op
+
+
+@_chain_op
+def crf_log_partition(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Optional = None,
+    end: Optional = None,
+    mask: Optional = None,
+    *,
+    lengths: Optional = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Log of the summed exponentiated scores of all tag paths.
+
+    emissions: (B, T, K) float32, float64, bfloat16 or float16. transitions: (K, K). start, end: (K,), None means zeros.
+    mask: (B, T) bool, True where live; lengths: (B,) integers in [0, T]; at most one of them, neither means all live.
+    Returns (B,) in nats, float64 for float64 emissions, else float32; -inf where no path is feasible, with zero gradient.
+    Differentiable twice in emissions, transitions, start and end.
+    Raises ValueError for a wrong shape, device or length, TypeError for a wrong dtype.
+    Time O(B T K^2), memory O(B T K); the second derivative runs in the reference, with O(B T K^2) memory.
+    Source: Lafferty, McCallum and Pereira 2001; scaled recursion as in Rabiner 1989, section V.A.
+    """
+    chain = _arguments(emissions, transitions, start, end, None, mask, lengths)
+    return _value(PARTITION, chain, backend)
+
+
+@_chain_op
+def crf_score(
+    emissions: Tensor,
+    transitions: Tensor,
+    tags: Tensor,
+    start: Optional = None,
+    end: Optional = None,
+    mask: Optional = None,
+    *,
+    lengths: Optional = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Score of one tag path a sequence: start, emissions, transitions between live neighbours, end.
+
+    tags: (B, T) int64 or int32 in [0, K) at live steps, anything at absent ones; the rest as in `crf_log_partition`.
+    Returns (B,); -inf, with zero gradient, for a forbidden path. Raises ValueError also for a tag out of range (on the
+    CPU outside compile; elsewhere tags are clamped unless PYSEQ_CHECK=1). Time O(B T).
+    """
+    chain = _arguments(emissions, transitions, start, end, tags, mask, lengths, tagged=True)
+    return _value(SCORE, chain, backend)
+
+
+@_chain_op
+def crf_nll(
+    emissions: Tensor,
+    transitions: Tensor,
+    tags: Tensor,
+    start: Optional = None,
+    end: Optional = None,
+    mask: Optional = None,
+    *,
+    lengths: Optional = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Negative log-likelihood of a tag path: log partition minus score, value and gradient from one sweep.
+
+    Arguments and errors as in `crf_score`. Returns (B,), at least 0; +inf, with zero gradient, for a forbidden path
+    (what `zero_infinity=True` means in CTC loss). Differentiable twice. Time O(B T K^2), memory O(B T K).
+    The sweep is repeated in backward only when the upstream gradient differs between sequences.
+    """
+    chain = _arguments(emissions, transitions, start, end, tags, mask, lengths, tagged=True)
+    return _value(NLL, chain, backend)
+
+
+@_chain_op
+def crf_marginals(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Optional = None,
+    end: Optional = None,
+    mask: Optional = None,
+    *,
+    lengths: Optional = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Posterior probability of each tag at each step.
+
+    Arguments and errors as in `crf_log_partition`. Returns (B, T, K), float64 for float64 emissions, else float32; rows
+    sum to 1 at live steps and are 0 at absent ones and where no path is feasible. Expected counts of tag pairs are the
+    gradient of `crf_log_partition(...).sum()` in the transitions. Differentiable; the gradient runs in the reference.
+    Time O(B T K^2), memory O(B T K). Source: Rabiner 1989, equation 27.
+    """
+    chain = _arguments(emissions, transitions, start, end, None, mask, lengths)
+    chosen, check = _choose(chain, backend)
+    if chosen == "reference":
+        return reference.crf_marginals(*chain[:4], _live(chain))
+    if _needs_grad(chain):
+        return _Marginals.apply(*chain, check, chosen)  # type: ignore[no-any-return]
+    return _value_and_grad(*chain, None, PARTITION, check, chosen)[1]  # type: ignore[no-any-return]
+
+
+@_chain_op
+def viterbi(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Optional = None,
+    end: Optional = None,
+    mask: Optional = None,
+    *,
+    lengths: Optional = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The best tag path and its score.
+
+    Arguments and errors as in `crf_log_partition`. Returns scores (B,), float64 for float64 emissions, else float32,
+    and tags (B, T) int64, -1 at absent steps. Sums are kept in float64; among equal paths the lowest tag wins, from the
+    last step backwards. Where no path is feasible, or a score is NaN, the score is -inf, or NaN, and every tag is -1.
+    Not differentiable. Time O(B T K^2), memory O(B T K). Source: Viterbi 1967; Rabiner 1989, section III.B.
+    """
+    chain = _arguments(emissions, transitions, start, end, None, mask, lengths)
+    chosen, check = _choose(chain, backend)
+    with torch.no_grad():
+        if chosen == "reference":
+            return reference.viterbi(*chain[:4], _live(chain))
+        return _viterbi(*chain, check, chosen)  # type: ignore[no-any-return]
+
+
+def _value(kind: int, chain: Chain, backend: str) -> Tensor:
+    chosen, check = _choose(chain, backend)
+    if chosen == "reference":
+        return _reference(kind, chain)
+    if _needs_grad(chain):
+        return _Value.apply(*chain, kind, check, chosen)  # type: ignore[no-any-return]
+    return _value_only(*chain, kind, check, chosen)  # type: ignore[no-any-return]
+
+
+def _reference(kind: int, chain: Chain) -> Tensor:
+    emissions, transitions, start, end, tags, _, _ = chain
+    if kind == PARTITION:
+        return reference.crf_log_partition(emissions, transitions, start, end, _live(chain))
+    assert tags is not None
+    serve = reference.crf_nll if kind == NLL else reference.crf_score
+    return serve(emissions, transitions, tags.clamp(0, emissions.size(2) - 1), start, end, _live(chain))
+
+
+def _arguments(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Optional,
+    end: Optional,
+    tags: Optional,
+    mask: Optional,
+    lengths: Optional,
+    tagged: bool = False,
+) -> Chain:
+    """Checked arguments; parameters widened to the dtype of the sums, integers to int64."""
+    _check.tensor("emissions", emissions, "(batch, time, tags)", 3)
+    _check.floating("emissions", emissions)
+    batch, time, num_tags = emissions.shape
+    if num_tags == 0:
+        raise ValueError(f"emissions must have at least one tag, got shape {tuple(emissions.shape)}")
+    if tagged:
+        tags = _integers("tags", tags, emissions, (batch, time), "(batch, time)")
+    transitions = _parameter("transitions", transitions, emissions, (num_tags, num_tags), "(tags, tags)")
+    if start is not None:
+        start = _parameter("start", start, emissions, (num_tags,), "(tags,)")
+    if end is not None:
+        end = _parameter("end", end, emissions, (num_tags,), "(tags,)")
+    if mask is not None:
+        if lengths is not None:
+            raise ValueError("mask and lengths say the same thing: give one of them, not both")
+        _check.sized("mask", mask, (batch, time), "(batch, time)")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be of dtype torch.bool, got {mask.dtype}; use mask.bool()")
+        _check.same_device("mask", mask, "emissions", emissions)
+    if lengths is not None:
+        lengths = _integers("lengths", lengths, emissions, (batch,), "(batch,)")
+    return emissions, transitions, start, end, tags, mask, lengths
+
+
+def _parameter(name: str, x: Tensor, emissions: Tensor, shape: tuple[int, ...], meaning: str) -> Tensor:
+    _check.sized(name, x, shape, meaning)
+    return _check.parameter(name, x, "emissions", emissions)
+
+
+def _integers(name: str, x: Optional, emissions: Tensor, shape: tuple[int, ...], meaning: str) -> Tensor:
+    x = _check.sized(name, x, shape, meaning)
+    if x.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be of dtype torch.int64 or torch.int32, got {x.dtype}")
+    _check.same_device(name, x, "emissions", emissions)
+    return x.long()
+
+
+def _choose(chain: Chain, backend: str) -> tuple[str, bool]:
+    """The backend, and whether its kernels raise on tags and lengths out of range rather than clamp."""
+    emissions = chain[0]
+    chosen = CHAIN.choose(backend, emissions)
+    on_cpu = emissions.device.type == "cpu"
+    check = (on_cpu and not torch.compiler.is_compiling()) or checks_forced()
+    if check and (chosen == "reference" or not on_cpu):
+        _raise_bad_values(*chain)
+    return chosen, check
+
+
+def _live(chain: Chain) -> Tensor:
+    """(B, T) bool."""
+    emissions, *_, mask, lengths = chain
+    batch, time, _ = emissions.shape
+    if mask is not None:
+        return mask
+    if lengths is None:
+        return torch.ones(batch, time, dtype=torch.bool, device=emissions.device)
+    return torch.arange(time, device=emissions.device) < lengths.unsqueeze(1)
+
+
+def _raise_bad_values(*chain: Any) -> None:
+    """Say which value is out of range, and where; synchronises with the host."""
+    emissions, _, _, _, tags, _, lengths = chain
+    _, time, num_tags = emissions.shape
+    if lengths is not None:
+        bad = ((lengths < 0) | (lengths > time)).nonzero()
+        if len(bad):
+            b = int(bad[0])
+            raise ValueError(f"lengths must lie in [0, {time}], got {int(lengths[b])} for sequence {b}")
+    if tags is not None:
+        bad = (((tags < 0) | (tags >= num_tags)) & _live(chain)).nonzero()
+        if len(bad):
+            b, t = bad[0].tolist()
+            raise ValueError(
+                f"tags must lie in [0, {num_tags}) at live steps, got {int(tags[b, t])} for sequence {b}, step {t}; "
+                "mask the step out if it is padding"
+            )
+
+
+# Raw ops: the chain, then per-sequence gradient weights or None, then options.
+
+
+def _launch(op: str, backend: str, chain: Any, *rest: Any) -> None:
+    emissions = _launchable(chain[0])
+    if emissions.device.type == "cpu" and backend != "triton" and emissions.element_size() == 2:
+        emissions = emissions.float()
+    others = [None if x is None else x.contiguous() for x in chain[1:]]
+    status = getattr(launcher("chain", backend), op)(emissions, *others, *rest)
+    if status in (BAD_TAG, BAD_LENGTH):
+        _raise_bad_values(*chain)
+
+
+def _launchable(emissions: Tensor) -> Tensor:
+    """Tags contiguous; launchers take any stride of batch and time."""
+    return emissions if emissions.stride(2) == 1 else emissions.contiguous()
+
+
+def _value_fake(emissions: Tensor, transitions: Tensor, *rest: Any) -> Tensor:
+    return transitions.new_empty(emissions.size(0))
+
+
+def _value_impl(*args: Any) -> Tensor:
+    *chain, kind, check, backend = args
+    value = _value_fake(*chain)
+    _launch("crf", backend, chain, None, kind, check, value, None)
+    return value
+
+
+def _value_and_grad_fake(emissions: Tensor, transitions: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    num_tags = emissions.size(2)
+    return (
+        transitions.new_empty(emissions.size(0)),
+        torch.empty_like(_launchable(emissions), dtype=transitions.dtype),
+        transitions.new_empty(num_tags, num_tags),
+        transitions.new_empty(num_tags),
+        transitions.new_empty(num_tags),
+    )
+
+
+def _value_and_grad_impl(*args: Any) -> tuple[Tensor, ...]:
+    *chain, weights, kind, check, backend = args
+    value, *grads = _value_and_grad_fake(*chain)
+    weights = None if weights is None else weights.contiguous()
+    _launch("crf", backend, chain, weights, kind, check, value, grads)
+    return (value, *grads)
+
+
+def _viterbi_fake(emissions: Tensor, transitions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, time, _ = emissions.shape
+    return transitions.new_empty(batch), transitions.new_empty(batch, time, dtype=torch.int64)
+
+
+def _viterbi_impl(*args: Any) -> tuple[Tensor, Tensor]:
+    *chain, check, backend = args
+    scores, path = _viterbi_fake(*chain)
+    _launch("viterbi", backend, chain, check, scores, path)
+    return scores, path
+
+
+_CHAIN_SCHEMA = (
+    "Tensor emissions, Tensor transitions, Tensor? start, Tensor? end, Tensor? tags, Tensor? mask, Tensor? lengths"
+)
+_value_only = register(
+    f"crf_value({_CHAIN_SCHEMA}, int kind, bool check, str backend) -> Tensor", _value_impl, _value_fake
+)
+_value_and_grad = register(
+    f"crf_value_and_grad({_CHAIN_SCHEMA}, Tensor? weights, int kind, bool check, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _value_and_grad_impl,
+    _value_and_grad_fake,
+)
+_viterbi = register(
+    f"viterbi({_CHAIN_SCHEMA}, bool check, str backend) -> (Tensor, Tensor)", _viterbi_impl, _viterbi_fake
+)
+
+
+def _needs_grad(chain: Chain) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in chain[:4])
+
+
+class _Value(torch.autograd.Function):
+    """A value with its gradient from one sweep, kept until the upstream gradient is known."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *chain, kind, check, backend = args
+        value, *grads = _value_and_grad(*chain, None, kind, check, backend)
+        ctx.save_for_backward(*chain, *grads)
+        ctx.options = kind, check, backend
+        return value  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Optional, ...]:  # type: ignore[override]
+        chain, grads = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        if torch.is_grad_enabled():  # create_graph=True
+            return (*_reference_grad(ctx, _reference(ctx.options[0], chain), chain, upstream), *[None] * 6)
+        if upstream.numel() == 1 or upstream.stride(0) == 0:  # one weight for all, as .sum() and .mean() give
+            grads = [grad * upstream[0] for grad in grads]
+        elif upstream.numel():
+            _, *grads = _value_and_grad(*chain, upstream, *ctx.options)
+        return (*(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6)
+
+
+class _Marginals(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *chain, check, backend = args
+        ctx.save_for_backward(*chain)
+        return _value_and_grad(*chain, None, PARTITION, check, backend)[1]  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Optional, ...]:  # type: ignore[override]
+        chain = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            chain = *(x if x is None else x.detach().requires_grad_() for x in chain[:4]), *chain[4:]
+        with torch.enable_grad():
+            marginals = reference.crf_marginals(*chain[:4], _live(chain))
+        return (*_reference_grad(ctx, marginals, chain, upstream), *[None] * 5)
+
+
+def _reference_grad(ctx: Any, value: Tensor, chain: Chain, upstream: Tensor) -> list[Optional]:
+    """Gradients of a value that the reference computed from the chain, differentiable again under create_graph."""
+    wanted = [x if n else None for x, n in zip(chain[:4], ctx.needs_input_grad, strict=False)]
+    inputs = [x for x in wanted if x is not None]
+    found = iter(
+        torch.autograd.grad(value, inputs, upstream, create_graph=torch.is_grad_enabled(), allow_unused=True)
+    )
+    return [None if x is None else next(found) for x in wanted]

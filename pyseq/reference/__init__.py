@@ -1,0 +1,1 @@
+"""Plain torch implementations, one file a room: slow, differentiable twice, the oracle of every test."""

@@ -1,0 +1,121 @@
+"""Linear chains in plain torch. `live` is a (B, T) bool mask; absent steps are skipped and never read."""
+
+import torch
+from torch import Tensor
+
+NEG_INF = -torch.inf
+
+
+def _logsumexp(x: Tensor, dim: int) -> Tensor:
+    """logsumexp whose gradient is 0, not NaN, where every term is -inf."""
+    top = x.amax(dim, keepdim=True).detach()
+    top = torch.where(top.isfinite(), top, 0.0)
+    total = (x - top).exp().sum(dim, keepdim=True)
+    dead = total == 0
+    out = torch.where(dead, NEG_INF, torch.where(dead, 1.0, total).log() + top)
+    return out.squeeze(dim)
+
+
+def _widen(emissions: Tensor, live: Tensor) -> Tensor:
+    """Emissions in float32 or better, with absent steps replaced so that nothing there is ever read."""
+    dtype = torch.promote_types(emissions.dtype, torch.float32)
+    return torch.where(live.unsqueeze(-1), emissions, 0.0).to(dtype)
+
+
+def crf_log_partition(
+    emissions: Tensor, transitions: Tensor, start: Tensor | None, end: Tensor | None, live: Tensor
+) -> Tensor:
+    """log Z (B,): alpha_1 = start + f_1, alpha_k(j) = f_k(j) + LSE_i(alpha_{k-1}(i) + transitions[i, j])."""
+    emissions = _widen(emissions, live)
+    batch, time, tags = emissions.shape
+    if time == 0:
+        return emissions.new_zeros(batch)
+    begun = torch.zeros(batch, dtype=torch.bool, device=emissions.device)
+    alpha = emissions.new_zeros(batch, tags)
+    for t in range(time):
+        first = emissions[:, t] if start is None else start + emissions[:, t]
+        later = emissions[:, t] + _logsumexp(alpha.unsqueeze(2) + transitions, 1)  # LSE over [B, K, K]
+        here = live[:, t]
+        alpha = torch.where(here.unsqueeze(1), torch.where(begun.unsqueeze(1), later, first), alpha)
+        begun = begun | here
+    total = _logsumexp(alpha if end is None else alpha + end, 1)
+    return torch.where(begun, total, 0.0)
+
+
+def crf_score(
+    emissions: Tensor, transitions: Tensor, tags: Tensor, start: Tensor | None, end: Tensor | None, live: Tensor
+) -> Tensor:
+    """Score (B,) of the tag path over the live steps; -inf, with zero gradient, where the path is forbidden."""
+    emissions = _widen(emissions, live)
+    batch, time, _ = emissions.shape
+    if time == 0:
+        return emissions.new_zeros(batch)
+    tags = torch.where(live, tags, 0)
+    total = torch.where(live, emissions.gather(2, tags.unsqueeze(2)).squeeze(2), 0.0).sum(1)
+    step = torch.arange(time, device=tags.device)
+    seen = torch.where(live, step, -1).cummax(1).values  # last live step at or before t
+    before = torch.nn.functional.pad(seen[:, :-1], (1, 0), value=-1)  # last live step before t
+    joined = live & (before >= 0)
+    edge = transitions[tags.gather(1, before.clamp(min=0)), tags]
+    total = total + torch.where(joined, edge, 0.0).sum(1)
+    begun = live.any(1)
+    if start is not None:
+        opening = tags.gather(1, live.int().argmax(1, keepdim=True)).squeeze(1)
+        total = total + torch.where(begun, start[opening], 0.0)
+    if end is not None:
+        closing = tags.gather(1, seen[:, -1:].clamp(min=0)).squeeze(1)
+        total = total + torch.where(begun, end[closing], 0.0)
+    return torch.where(total == NEG_INF, NEG_INF, total)
+
+
+def crf_nll(
+    emissions: Tensor, transitions: Tensor, tags: Tensor, start: Tensor | None, end: Tensor | None, live: Tensor
+) -> Tensor:
+    """log Z minus the path's score (B,); +inf, with zero gradient, where the path is forbidden."""
+    score = crf_score(emissions, transitions, tags, start, end, live)
+    log_z = crf_log_partition(emissions, transitions, start, end, live)
+    return torch.where(score == NEG_INF, torch.inf, log_z - score)
+
+
+def crf_marginals(
+    emissions: Tensor, transitions: Tensor, start: Tensor | None, end: Tensor | None, live: Tensor
+) -> Tensor:
+    """Posterior probability (B, T, K) of each tag: the gradient of log Z in the emissions."""
+    dtype = torch.promote_types(emissions.dtype, torch.float32)
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        scores = emissions.to(dtype)
+        scores = scores if scores.requires_grad else scores.detach().requires_grad_()
+        log_z = crf_log_partition(scores, transitions, start, end, live)
+        (marginals,) = torch.autograd.grad(log_z.sum(), scores, create_graph=differentiable, materialize_grads=True)
+    return marginals
+
+
+def viterbi(
+    emissions: Tensor, transitions: Tensor, start: Tensor | None, end: Tensor | None, live: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Best score (B,) and path (B, T), -1 where absent or where no path is feasible. Sums in float64, lowest tag wins."""
+    dtype = torch.promote_types(emissions.dtype, torch.float32)
+    emissions, transitions = _widen(emissions, live).double(), transitions.double()
+    batch, time, tags = emissions.shape
+    path = torch.full((batch, time), -1, dtype=torch.int64, device=emissions.device)
+    begun = torch.zeros(batch, dtype=torch.bool, device=emissions.device)
+    delta = emissions.new_zeros(batch, tags)
+    pointers = []
+    for t in range(time):
+        first = emissions[:, t] if start is None else start + emissions[:, t]
+        best, pointer = (delta.unsqueeze(2) + transitions).max(1)
+        here = live[:, t]
+        later = emissions[:, t] + best
+        delta = torch.where(here.unsqueeze(1), torch.where(begun.unsqueeze(1), later, first), delta)
+        pointers.append(pointer)
+        begun = begun | here
+    score, tag = (delta if end is None else delta + end).max(1)
+    score = torch.where(begun, score, 0.0)
+    for t in reversed(range(time)):
+        here = live[:, t]
+        path[:, t] = torch.where(here, tag, -1)
+        before = live[:, :t].any(1)
+        tag = torch.where(here & before, pointers[t].gather(1, tag.unsqueeze(1)).squeeze(1), tag)
+    feasible = score > NEG_INF  # False for NaN too
+    return score.to(dtype), torch.where(feasible.unsqueeze(1), path, -1)
