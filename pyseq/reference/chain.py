@@ -29,7 +29,7 @@ def crf_log_partition(
     emissions = _widen(emissions, live)
     batch, time, tags = emissions.shape
     if time == 0:
-        return emissions.new_zeros(batch)
+        return emissions.sum((1, 2))  # zeros that keep the graph
     begun = torch.zeros(batch, dtype=torch.bool, device=emissions.device)
     alpha = emissions.new_zeros(batch, tags)
     for t in range(time):
@@ -49,7 +49,7 @@ def crf_score(
     emissions = _widen(emissions, live)
     batch, time, _ = emissions.shape
     if time == 0:
-        return emissions.new_zeros(batch)
+        return emissions.sum((1, 2))  # zeros that keep the graph
     tags = torch.where(live, tags, 0)
     total = torch.where(live, emissions.gather(2, tags.unsqueeze(2)).squeeze(2), 0.0).sum(1)
     step = torch.arange(time, device=tags.device)

@@ -1,0 +1,502 @@
+"""Numba launchers of the chain room: serial, float64 inside, one sequence at a time.
+
+A sequence runs in the scaled exponential domain; where a reachable state underflows it is done again in the log domain.
+"""
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+from numba import njit
+from torch import Tensor
+
+from pyseq.kernels.common import BAD_LENGTH, BAD_TAG, NLL, OK, PARTITION, SCORE
+
+_JIT: dict[str, Any] = {
+    "nogil": True,
+    "cache": os.environ.get("PYSEQ_NUMBA_CACHE", "1") == "1",
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract", "nsz", "arcp"},  # keeps -inf and NaN
+}
+_INF = np.inf
+_LANES = 8  # tags are padded to whole vectors
+_TINY = 1e-200  # a reachable state below this, relative to its step's largest, may be about to underflow
+_OVERLAP = 1e-100  # least overlap of forward and backward vectors for which lost digits cannot matter
+_MAGIC = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
+
+
+@njit(**{**_JIT, "fastmath": {"contract"}})  # reassociation would undo the rounding by _MAGIC
+def _exp(x):
+    """exp for x in [-700, 0], relative error below 1e-15, and 0 below. Branch-free, so that loops over it vectorise."""
+    shifted = x * 1.4426950408889634 + _MAGIC
+    n = shifted - _MAGIC
+    r = x - n * 0.6931471803691238 - n * 1.9082149292705877e-10
+    p = 2.08767569878681e-09
+    p = p * r + 2.505210838544172e-08
+    p = p * r + 2.755731922398589e-07
+    p = p * r + 2.7557319223985893e-06
+    p = p * r + 2.48015873015873e-05
+    p = p * r + 0.0001984126984126984
+    p = p * r + 0.001388888888888889
+    p = p * r + 0.008333333333333333
+    p = p * r + 0.041666666666666664
+    p = p * r + 0.16666666666666666
+    p = p * r + 0.5
+    p = p * r + 1.0
+    p = p * r + 1.0
+    scale = np.int64((np.float64(shifted).view(np.int64) << 52) + 4607182418800017408).view(np.float64)
+    return p * scale if x >= -700.0 else (0.0 if x < -700.0 else x)
+
+
+@njit(**_JIT)
+def _steps(b, time, mask, lengths, steps):
+    """Positions of the live steps of sequence b into `steps`; returns their count, or -1 for a length out of range."""
+    if mask.shape[0]:
+        n = 0
+        for t in range(time):
+            steps[n] = t
+            n += mask[b, t]
+        return n
+    n = lengths[b]
+    if n < 0 or n > time:
+        return -1
+    for t in range(n):
+        steps[t] = t
+    return n
+
+
+@njit(**_JIT)
+def _gold(f, transitions, start, end, tags, steps, n):
+    """Score of the path `tags` (of one sequence) over its live steps."""
+    score = 0.0
+    for k in range(n):
+        y = tags[steps[k]]
+        score += np.float64(f[steps[k], y])
+        score += np.float64(start[y]) if k == 0 else np.float64(transitions[tags[steps[k - 1]], y])
+    return score + np.float64(end[tags[steps[n - 1]]])
+
+
+@njit(**_JIT)
+def _gold_counts(tags, steps, n, weight, g_em, counts, g_start, g_end):
+    for k in range(n):
+        y = tags[steps[k]]
+        g_em[steps[k], y] += weight
+        if k == 0:
+            g_start[y] += weight
+        else:
+            counts[tags[steps[k - 1]], y] += weight
+    g_end[tags[steps[n - 1]]] += weight
+
+
+@njit(**_JIT)
+def _underflowed(a, f, transitions, start, steps, n, num_tags):
+    """Whether a state that some path reaches lost its digits; a[k, j] == 0 for unreachable states is right."""
+    reached = np.empty(num_tags, np.bool_)
+    before = np.empty(num_tags, np.bool_)
+    for k in range(n):
+        for j in range(num_tags):
+            if k == 0:
+                possible = start[j] > -_INF
+            else:
+                possible = False
+                for i in range(num_tags):
+                    possible |= before[i] and transitions[i, j] > -_INF
+            reached[j] = possible and f[steps[k], j] > -_INF
+            if reached[j] and not a[k, j] >= _TINY:
+                return True
+        before[:] = reached
+    return False
+
+
+@njit(**_JIT)
+def _forward(f, weights_out, start, steps, n, num_tags, a, u):
+    """Fill a (n, P) with scaled forward vectors and u (n, P) so that a[k] = (a[k-1] @ E) * u[k].
+
+    Returns the sum of the logs of the scales, without the n - 1 maxima of the transitions, and whether every state
+    kept its digits.
+    """
+    padded = a.shape[1]
+    for k in range(n):
+        row = f[steps[k]]
+        for j in range(num_tags):
+            u[k, j] = np.float64(row[j]) + (np.float64(start[j]) if k == 0 else 0.0)
+        top = -_INF
+        for j in range(num_tags):
+            top = max(top, u[k, j])
+        top = top if top > -_INF else 0.0
+        a[k, 0] = top
+        for j in range(num_tags):
+            u[k, j] -= top
+        for j in range(num_tags, padded):
+            u[k, j] = -_INF
+    flat = u[:n].reshape(n * padded)
+    for x in range(n * padded):
+        flat[x] = _exp(flat[x])
+    log_scale = 0.0
+    clean = True
+    for k in range(n):
+        log_scale += a[k, 0]
+        if k == 0:
+            a[0] = u[0]
+        else:
+            a[k] = 0.0
+            for i in range(num_tags):
+                mass = a[k - 1, i]
+                for j in range(padded):
+                    a[k, j] += mass * weights_out[i, j]
+            for j in range(padded):
+                a[k, j] *= u[k, j]
+        top = 0.0
+        low = _INF
+        for j in range(num_tags):
+            top = max(top, a[k, j])
+            low = min(low, a[k, j])
+        clean &= low >= _TINY * top and top > 0.0
+        scale = 1.0 / top if top > 0.0 else 1.0
+        log_scale -= math.log(scale)
+        for j in range(padded):
+            a[k, j] *= scale
+            u[k, j] *= scale
+    return log_scale, clean
+
+
+@njit(**_JIT)
+def _backward(a, u, weights_in, end_weights, steps, n, num_tags, weight, g_em, counts, g_start, g_end):
+    """Add the weighted expected counts; `counts` still lacks the factor E. False, with nothing added, on lost digits."""
+    padded = a.shape[1]
+    b = end_weights.copy()
+    later = np.empty((n, padded))  # u * b / overlap of each step
+    for k in range(n - 1, -1, -1):
+        overlap = 0.0
+        top = 0.0
+        for j in range(padded):
+            overlap += a[k, j] * b[j]
+            top = max(top, b[j])
+        if not overlap >= _OVERLAP * top:
+            return False
+        factor = 1.0 / overlap
+        for j in range(padded):
+            later[k, j] = u[k, j] * b[j] * factor
+            u[k, j] = a[k, j] * b[j] * factor
+        b[:] = 0.0
+        for j in range(num_tags):
+            mass = later[k, j]
+            for i in range(padded):
+                b[i] += mass * weights_in[j, i]
+    for k in range(n):
+        row = g_em[steps[k]]
+        for j in range(num_tags):
+            row[j] += weight * u[k, j]
+        if k:
+            for i in range(num_tags):
+                mass = weight * a[k - 1, i]
+                for j in range(padded):
+                    counts[i, j] += mass * later[k, j]
+    for j in range(num_tags):
+        g_start[j] += weight * u[0, j]
+        g_end[j] += weight * u[n - 1, j]
+    return True
+
+
+@njit(**_JIT)
+def _log_sum(terms):
+    top = -_INF
+    for x in terms:
+        top = x if x > top or x != x else top
+    if top == -_INF or top != top:
+        return top
+    total = 0.0
+    for x in terms:
+        total += math.exp(x - top)
+    return top + math.log(total)
+
+
+@njit(**_JIT)
+def _log_forward(f, transitions, start, end, steps, n, num_tags, alpha):
+    """log Z by the plain recursion, alpha (n, P) filled."""
+    terms = np.empty(num_tags)
+    for k in range(n):
+        for j in range(num_tags):
+            if k == 0:
+                alpha[k, j] = np.float64(start[j]) + np.float64(f[steps[k], j])
+                continue
+            for i in range(num_tags):
+                terms[i] = alpha[k - 1, i] + np.float64(transitions[i, j])
+            alpha[k, j] = np.float64(f[steps[k], j]) + _log_sum(terms)
+    for j in range(num_tags):
+        terms[j] = alpha[n - 1, j] + np.float64(end[j])
+    return _log_sum(terms)
+
+
+@njit(**_JIT)
+def _log_backward(f, transitions, end, steps, n, num_tags, alpha, log_z, weight, g_em, pairs, g_start, g_end):
+    """Add the weighted expected counts by the plain recursion."""
+    beta = np.empty(num_tags)
+    before = np.empty(num_tags)
+    terms = np.empty(num_tags)
+    for j in range(num_tags):
+        beta[j] = np.float64(end[j])
+    for k in range(n - 1, -1, -1):
+        for j in range(num_tags):
+            share = weight * math.exp(alpha[k, j] + beta[j] - log_z)
+            g_em[steps[k], j] += share
+            if k == n - 1:
+                g_end[j] += share
+            if k == 0:
+                g_start[j] += share
+        if k == 0:
+            break
+        for i in range(num_tags):
+            for j in range(num_tags):
+                terms[j] = np.float64(transitions[i, j]) + np.float64(f[steps[k], j]) + beta[j]
+                pairs[i, j] += weight * math.exp(alpha[k - 1, i] + terms[j] - log_z)
+            before[i] = _log_sum(terms)
+        beta[:] = before
+
+
+@njit(**_JIT)
+def _crf(
+    emissions, transitions, start, end, tags, mask, lengths, weights, kind, check, with_grad, paths, value, g_em, g_tr, g_start, g_end
+):
+    batch, time, num_tags = emissions.shape
+    padded = (num_tags + _LANES - 1) // _LANES * _LANES
+    steps = np.empty(time + 1, np.int64)
+    a = np.empty((time, padded))
+    u = np.empty((time, padded))
+    counts = np.zeros((num_tags, padded))
+    pairs = np.zeros((num_tags, num_tags))
+    sum_start = np.zeros(num_tags)
+    sum_end = np.zeros(num_tags)
+    path = np.zeros(time, np.int64)
+
+    top = -_INF
+    for i in range(num_tags):
+        for j in range(num_tags):
+            top = max(top, np.float64(transitions[i, j]))
+    top = top if abs(top) < _INF else 0.0
+    narrow = True  # no finite transition underflows
+    weights_out = np.zeros((num_tags, padded))
+    weights_in = np.zeros((num_tags, padded))
+    for i in range(num_tags):
+        for j in range(num_tags):
+            w = math.exp(np.float64(transitions[i, j]) - top)
+            narrow &= w >= _TINY or transitions[i, j] == -_INF
+            weights_out[i, j] = w
+            weights_in[j, i] = w
+    end_top = -_INF
+    for j in range(num_tags):
+        end_top = max(end_top, np.float64(end[j]))
+    end_top = end_top if abs(end_top) < _INF else 0.0
+    end_weights = np.zeros(padded)
+    for j in range(num_tags):
+        end_weights[j] = math.exp(np.float64(end[j]) - end_top)
+
+    for b in range(batch):
+        n = _steps(b, time, mask, lengths, steps)
+        if n < 0:
+            if check:
+                return BAD_LENGTH
+            n = min(max(lengths[b], 0), time)
+        f = emissions[b]
+        if with_grad:
+            g_em[b] = 0.0
+        value[b] = 0.0
+        if n == 0:
+            continue
+        weight = np.float64(weights[b])
+        score = 0.0
+        if kind != PARTITION:
+            for k in range(n):
+                y = tags[b, steps[k]]
+                if y < 0 or y >= num_tags:
+                    if check:
+                        return BAD_TAG
+                    y = min(max(y, 0), num_tags - 1)
+                path[steps[k]] = y
+            score = _gold(f, transitions, start, end, path, steps, n)
+        if kind == SCORE:
+            value[b] = score
+            if with_grad and score > -_INF:
+                _gold_counts(path, steps, n, weight, g_em[b], pairs, sum_start, sum_end)
+            continue
+        if score == -_INF:
+            value[b] = _INF
+            continue
+
+        slow = not narrow
+        log_z = 0.0
+        if not slow:
+            log_scale, clean = _forward(f, weights_out, start, steps, n, num_tags, a, u)
+            slow = not clean and _underflowed(a, f, transitions, start, steps, n, num_tags)
+            total = 0.0
+            for j in range(num_tags):
+                total += a[n - 1, j] * end_weights[j]
+            slow |= not total >= _OVERLAP
+            log_z = log_scale + (n - 1) * top + math.log(total) + end_top
+            if with_grad and not slow:
+                slow = not _backward(
+                    a, u, weights_in, end_weights, steps, n, num_tags, weight, g_em[b], counts, sum_start, sum_end
+                )
+        if slow:
+            log_z = _log_forward(f, transitions, start, end, steps, n, num_tags, a)
+            if with_grad and log_z != -_INF:
+                _log_backward(
+                    f, transitions, end, steps, n, num_tags, a, log_z, weight, g_em[b], pairs, sum_start, sum_end
+                )
+        paths[b] = slow
+        if kind == PARTITION:
+            value[b] = log_z
+        else:
+            value[b] = log_z - score if not log_z - score < 0.0 else 0.0
+            if with_grad:
+                _gold_counts(path, steps, n, -weight, g_em[b], pairs, sum_start, sum_end)
+    if with_grad:
+        for i in range(num_tags):
+            for j in range(num_tags):
+                g_tr[i, j] = pairs[i, j] + counts[i, j] * weights_out[i, j]
+            g_start[i] = sum_start[i]
+            g_end[i] = sum_end[i]
+    return OK
+
+
+@njit(**_JIT)
+def _viterbi(emissions, transitions, start, end, mask, lengths, check, scores, path):
+    batch, time, num_tags = emissions.shape
+    padded = (num_tags + _LANES - 1) // _LANES * _LANES
+    steps = np.empty(time + 1, np.int64)
+    delta = np.empty((time + 1, padded))  # best score of a path that ends in each tag, less the step's largest
+    into = np.full((num_tags, padded), -_INF)
+    for i in range(num_tags):
+        for j in range(num_tags):
+            into[i, j] = transitions[i, j]
+    for b in range(batch):
+        n = _steps(b, time, mask, lengths, steps)
+        if n < 0:
+            if check:
+                return BAD_LENGTH
+            n = min(max(lengths[b], 0), time)
+        path[b] = -1
+        scores[b] = 0.0
+        if n == 0:
+            continue
+        f = emissions[b]
+        poisoned = False
+        for k in range(n):
+            row = f[steps[k]]
+            if k == 0:
+                delta[k, :] = -_INF
+                for j in range(num_tags):
+                    delta[k, j] = np.float64(start[j])
+            else:
+                delta[k, :] = -_INF
+                for i in range(num_tags):
+                    best = delta[k - 1, i]
+                    for j in range(padded):
+                        there = best + into[i, j]
+                        poisoned |= there != there
+                        delta[k, j] = max(delta[k, j], there)
+            for j in range(num_tags):
+                delta[k, j] += np.float64(row[j])
+                poisoned |= delta[k, j] != delta[k, j]
+        best = -_INF
+        tag = -1
+        for j in range(num_tags):
+            there = delta[n - 1, j] + np.float64(end[j])
+            poisoned |= there != there
+            if there > best:
+                best = there
+                tag = j
+        scores[b] = np.nan if poisoned else best
+        if poisoned or tag < 0:
+            continue
+        for k in range(n - 1, -1, -1):
+            path[b, steps[k]] = tag
+            if k:
+                top = -_INF
+                before = 0
+                for i in range(num_tags):
+                    there = delta[k - 1, i] + into[i, tag]
+                    if there > top:
+                        top = there
+                        before = i
+                tag = before
+    return OK
+
+
+_NO_ROWS = {kind: np.empty((0, 0), kind) for kind in (np.bool_, np.int64)}
+
+
+def _chain(emissions, transitions, start, end, mask, lengths):  # type: ignore[no-untyped-def]
+    batch, time, num_tags = emissions.shape
+    zeros = np.zeros(num_tags, transitions.numpy().dtype)
+    return (
+        emissions.contiguous().numpy(),
+        transitions.numpy(),
+        zeros if start is None else start.numpy(),
+        zeros if end is None else end.numpy(),
+        _NO_ROWS[np.bool_] if mask is None else mask.numpy(),
+        np.full(batch, time) if lengths is None else lengths.numpy(),
+    )
+
+
+def crf(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    tags: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    weights: Tensor | None,
+    kind: int,
+    check: bool,
+    value: Tensor,
+    grads: list[Tensor] | None,
+    paths: Tensor | None = None,
+) -> int:
+    """Value and, where `grads` are given, weighted gradients; `paths` (B,) takes 0 for the fast path, 1 for the slow."""
+    batch = len(emissions)
+    scores, shared, opening, closing, live, ends = _chain(emissions, transitions, start, end, mask, lengths)
+    none = np.empty((0, 0), shared.dtype)
+    if grads is None:
+        out = [np.empty((0, 0, 0), shared.dtype), none, none.reshape(0), none.reshape(0)]
+    else:
+        out = [(g if g.is_contiguous() else g.new_empty(g.shape)).numpy() for g in grads]
+    status: int = _crf(
+        scores,
+        shared,
+        opening,
+        closing,
+        _NO_ROWS[np.int64] if tags is None else tags.numpy(),
+        live,
+        ends,
+        np.ones(batch, shared.dtype) if weights is None else weights.numpy(),
+        kind,
+        check,
+        grads is not None,
+        np.zeros(batch, np.int32) if paths is None else paths.numpy(),
+        value.numpy(),
+        *out,
+    )
+    if grads is not None and not grads[0].is_contiguous():
+        grads[0].copy_(grads[0].new_tensor(out[0]))
+    return status
+
+
+def viterbi(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    tags: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    check: bool,
+    scores: Tensor,
+    path: Tensor,
+) -> int:
+    """Best scores and paths; `tags` is not read."""
+    chain = _chain(emissions, transitions, start, end, mask, lengths)
+    status: int = _viterbi(*chain, check, scores.numpy(), path.numpy())
+    return status
