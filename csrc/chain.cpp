@@ -1,0 +1,413 @@
+// Chains, above the instruction set levels: rows, groups, threads, and the log-domain path.
+#include "chain.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "cpu.hpp"
+
+namespace pyseq {
+namespace {
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr int64_t kGrain = 1 << 18;  // multiply-adds below which a second thread does not pay
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Block = std::unique_ptr<void, Free>;
+Block allocate(size_t bytes) { return Block(std::aligned_alloc(64, (bytes + 63) / 64 * 64)); }
+
+template <class T> const ChainLevel<T>& level_of(int level);
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+template <> const ChainLevel<float>& level_of<float>(int level) {
+  return level >= 4 ? chain_float_v4 : level == 3 ? chain_float_v3 : chain_float_v2;
+}
+template <> const ChainLevel<double>& level_of<double>(int level) {
+  return level >= 4 ? chain_double_v4 : level == 3 ? chain_double_v3 : chain_double_v2;
+}
+#else
+template <> const ChainLevel<float>& level_of<float>(int) { return chain_float_v2; }
+template <> const ChainLevel<double>& level_of<double>(int) { return chain_double_v2; }
+#endif
+
+// The live steps of every sequence, longest first, and the scores of the gold paths.
+template <class T> struct Rows {
+  std::vector<Row> all;
+  std::unique_ptr<int32_t[]> positions;
+
+  int read(const ChainArgs<T>& args) {
+    all.reserve(args.batch);
+    for (int64_t b = 0; b < args.batch; ++b) {
+      Row row{b, args.time, nullptr, 0.0, false};
+      if (args.mask) {
+        const uint8_t* mask = args.mask + b * args.time;
+        int64_t live = 0, first_gap = args.time;
+        for (int64_t t = 0; t < args.time; ++t) live += mask[t];
+        if (const void* gap = std::memchr(mask, 0, args.time)) first_gap = static_cast<const uint8_t*>(gap) - mask;
+        row.length = live;
+        if (first_gap != live) {
+          if (!positions) positions.reset(new int32_t[args.batch * args.time]);
+          int32_t* at = positions.get() + b * args.time;
+          row.at = at;
+          for (int64_t t = 0; t < args.time; ++t)
+            if (mask[t]) *at++ = static_cast<int32_t>(t);
+        }
+      } else if (args.lengths) {
+        row.length = args.lengths[b];
+        if (args.check && (row.length < 0 || row.length > args.time)) return kBadLength;
+        row.length = std::min(std::max<int64_t>(row.length, 0), args.time);
+      }
+      all.push_back(row);
+    }
+    std::stable_sort(all.begin(), all.end(), [](const Row& x, const Row& y) { return x.length > y.length; });
+    return kOk;
+  }
+};
+
+template <class T> struct Chain {
+  const ChainArgs<T>& args;
+
+  const T* emission(const Row& row, int64_t k) const {
+    return args.emissions + row.index * args.stride_batch + row.step(k) * args.stride_time;
+  }
+  T* gradient(const Row& row, int64_t t) const {
+    return args.grad_emissions + row.index * args.grad_stride_batch + t * args.grad_stride_time;
+  }
+  int64_t label(const Row& row, int64_t k) const {
+    const int64_t y = args.labels[row.index * args.time + row.step(k)];
+    return std::min(std::max<int64_t>(y, 0), args.tags - 1);
+  }
+  double transition(int64_t i, int64_t j) const { return args.transitions[i * args.tags + j]; }
+  double start(int64_t j) const { return args.start ? double(args.start[j]) : 0.0; }
+  double end(int64_t j) const { return args.end ? double(args.end[j]) : 0.0; }
+  double weight(const Row& row) const { return args.weights ? double(args.weights[row.index]) : 1.0; }
+
+  // Gold score; false for a label out of range.
+  bool read_gold(Row& row) const {
+    double score = 0;
+    for (int64_t k = 0, before = 0; k < row.length; ++k) {
+      const int64_t y = label(row, k);
+      if (args.check && y != args.labels[row.index * args.time + row.step(k)]) return false;
+      score += double(emission(row, k)[y]) + (k ? transition(before, y) : start(y));
+      before = y;
+    }
+    row.score = row.length ? score + end(label(row, row.length - 1)) : 0.0;
+    return true;
+  }
+
+  void clear_absent(const Row& row) const {
+    for (int64_t t = 0, k = 0; t < args.time; ++t) {
+      if (k < row.length && row.step(k) == t)
+        ++k;
+      else
+        std::memset(gradient(row, t), 0, args.tags * sizeof(T));
+    }
+  }
+
+  // Sequences that need no sweep: empty ones, forbidden gold paths, and all of a plain score.
+  void settle(Row& row) const {
+    const bool forbidden = args.kind != kPartition && row.score == -kInf;
+    row.done = row.length == 0 || args.kind == kScore || forbidden;
+    if (!row.done) return;
+    args.value[row.index] = T(args.kind == kScore ? row.score : forbidden ? kInf : 0.0);
+    if (args.grads())
+      for (int64_t k = 0; k < row.length; ++k) std::memset(gradient(row, row.step(k)), 0, args.tags * sizeof(T));
+    if (args.grads() && !forbidden)
+      for (int64_t k = 0; k < row.length; ++k) gradient(row, row.step(k))[label(row, k)] = T(weight(row));
+  }
+
+  // Add `factor` times the gold path's counts.
+  void add_gold(const Row& row, double factor, double* counts, double* first, double* last) const {
+    for (int64_t k = 1; k < row.length; ++k) counts[label(row, k - 1) * args.tags + label(row, k)] += factor;
+    first[label(row, 0)] += factor;
+    last[label(row, row.length - 1)] += factor;
+  }
+
+  // Forward-backward in the log domain, the maximum taken for each destination: nothing underflows.
+  void sweep_in_logs(const Row& row, double* counts, double* first, double* last) const {
+    const int64_t n = row.length, tags = args.tags;
+    std::vector<double> alpha(n * tags), beta(tags), before(tags), terms(tags);
+    for (int64_t k = 0; k < n; ++k)
+      for (int64_t j = 0; j < tags; ++j) {
+        double from = start(j);
+        if (k) {
+          for (int64_t i = 0; i < tags; ++i) terms[i] = alpha[(k - 1) * tags + i] + transition(i, j);
+          from = log_sum(terms);
+        }
+        alpha[k * tags + j] = from + double(emission(row, k)[j]);
+      }
+    for (int64_t j = 0; j < tags; ++j) terms[j] = alpha[(n - 1) * tags + j] + end(j);
+    const double log_z = log_sum(terms), nll = log_z - row.score;
+    args.value[row.index] = T(args.kind == kPartition ? log_z : nll < 0 ? 0.0 : nll);
+    if (!args.grads()) return;
+    const bool none = log_z == -kInf;
+    const double w = weight(row);
+    for (int64_t j = 0; j < tags; ++j) beta[j] = end(j);
+    for (int64_t k = n - 1; k >= 0; --k) {
+      T* g = gradient(row, row.step(k));
+      const T* f = emission(row, k);
+      for (int64_t j = 0; j < tags; ++j) {
+        const double share = none ? 0.0 : w * std::exp(alpha[k * tags + j] + beta[j] - log_z);
+        g[j] = T(share - (args.kind == kNll && label(row, k) == j ? w : 0.0));
+        if (k == 0) first[j] += share;
+        if (k == n - 1) last[j] += share;
+      }
+      if (k == 0 || none) continue;
+      for (int64_t i = 0; i < tags; ++i) {
+        for (int64_t j = 0; j < tags; ++j) {
+          terms[j] = transition(i, j) + double(f[j]) + beta[j];
+          counts[i * tags + j] += w * std::exp(alpha[(k - 1) * tags + i] + terms[j] - log_z);
+        }
+        before[i] = log_sum(terms);
+      }
+      beta.swap(before);
+    }
+    if (args.kind == kNll) add_gold(row, -w, counts, first, last);
+  }
+
+  static double log_sum(const std::vector<double>& terms) {
+    double top = -kInf;
+    for (const double x : terms) top = x > top || x != x ? x : top;
+    if (top == -kInf || top != top) return top;
+    double total = 0;
+    for (const double x : terms) total += std::exp(x - top);
+    return top + std::log(total);
+  }
+};
+
+// Columns of the panel that starts where `left` padded columns remain; kernels walk panels by the same rule.
+int64_t panel_width(int64_t left, int lanes, int panel) {
+  return left >= panel * lanes ? panel * lanes : panel == 3 && left == 2 * lanes ? 2 * lanes : lanes;
+}
+
+// exp of the parameters, less their maxima, laid out for one level. False where some finite one underflows in C.
+template <class C, class T> struct Tables {
+  ChainTables<C> view;
+  Block block;
+  bool usable = true;
+
+  Tables(const ChainArgs<T>& args, int lanes, int panel) {
+    const int64_t tags = args.tags, padded = (tags + lanes - 1) / lanes * lanes;
+    block = allocate(sizeof(C) * padded * (2 * tags + 2));
+    C* forward = static_cast<C*>(block.get());
+    C *backward = forward + tags * padded, *start = backward + tags * padded, *end = start + padded;
+    view = {tags, padded, forward, backward, start, end, 0, 0, 0, nullptr, nullptr};
+    view.top = top_of(args.transitions, tags * tags);
+    view.start_top = args.start ? top_of(args.start, tags) : 0.0;
+    view.end_top = args.end ? top_of(args.end, tags) : 0.0;
+    std::memset(block.get(), 0, sizeof(C) * padded * (2 * tags + 2));
+    for (int64_t j0 = 0; j0 < padded;) {  // panels
+      const int64_t step = panel_width(padded - j0, lanes, panel);
+      for (int64_t i = 0; i < tags; ++i)
+        for (int64_t j = j0; j < std::min(j0 + step, tags); ++j) {
+          forward[j0 * tags + i * step + j - j0] = scaled(args.transitions[i * tags + j], view.top, true);
+          backward[j0 * tags + i * step + j - j0] = scaled(args.transitions[j * tags + i], view.top, true);
+        }
+      j0 += step;
+    }
+    for (int64_t j = 0; j < tags; ++j) {
+      start[j] = args.start ? scaled(args.start[j], view.start_top, false) : C(1);
+      end[j] = args.end ? scaled(args.end[j], view.end_top, false) : C(1);
+    }
+  }
+
+  double factor(const ChainArgs<T>& args, int64_t i, int64_t j) const {
+    return std::exp(double(args.transitions[i * args.tags + j]) - view.top);
+  }
+
+  static double top_of(const T* x, int64_t size) {
+    T top = -std::numeric_limits<T>::infinity();
+    for (int64_t i = 0; i < size; ++i) top = x[i] > top ? x[i] : top;
+    return std::isfinite(top) ? double(top) : 0.0;
+  }
+  C scaled(T x, double top, bool wide) {
+    const double w = std::exp(double(x) - top);
+    const double least = sizeof(C) == 4 ? 0x1p-90 : 0x1p-900;
+    usable &= x == -std::numeric_limits<T>::infinity() || (w <= 1.0 && (!wide || w >= least));
+    return C(w);
+  }
+};
+
+// Rows that share a sweep: more of them reuse the tables better, fewer keep more threads busy. A function of the batch
+// alone, so that sums do not depend on the threads.
+int group_rows(int64_t rows) { return rows >= 16 ? kGroupRows : rows >= 8 ? 4 : rows >= 4 ? 2 : 1; }
+
+int threads_for(const std::vector<Row>& rows, int64_t tags, int threads) {
+  int64_t work = 0;
+  for (const Row& row : rows) work += row.done ? 0 : row.length * tags * (tags + 16);
+  return work < kGrain ? 1 : threads;
+}
+
+// Sweep the rows of one tier; returns those it could not do. Counts are added in the order of the groups.
+template <class C, class T, class Kernel>
+std::vector<Row> sweep(
+    const Chain<T>& chain, const ChainLevel<T>& level, Kernel kernel, int lanes, const std::vector<Row>& rows, int32_t path,
+    double* counts, double* first, double* last) {
+  const ChainArgs<T>& args = chain.args;
+  const Tables<C, T> tables(args, lanes, level.panel);
+  if (!tables.usable || rows.empty()) return rows;
+  const int64_t tags = args.tags, padded = tables.view.padded;
+  const int size = group_rows(rows.size());
+  const int64_t groups = (rows.size() + size - 1) / size;
+  const bool grads = args.grads();
+  std::vector<Row> left;
+  std::vector<C> factors;
+  if (grads) {
+    factors.resize(tags * tags);
+    for (int64_t x = 0; x < tags * tags; ++x) factors[x] = C(tables.factor(args, x / tags, x % tags));
+  }
+  const int threads = static_cast<int>(std::min<int64_t>(threads_for(rows, tags, args.threads), groups));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Block scratch, sums;
+    if (grads) sums = allocate(sizeof(double) * padded * (tags + 2));
+    GroupResult out;
+    out.counts = static_cast<double*>(sums.get());
+    out.first = out.counts + tags * padded;
+    out.last = out.first + padded;
+    size_t held = 0;
+#pragma omp for ordered schedule(static, 1)
+    for (int64_t g = 0; g < groups; ++g) {
+      const Row* group = rows.data() + g * size;
+      const int here = static_cast<int>(std::min<int64_t>(size, rows.size() - g * size));
+      const size_t bytes = level.scratch_bytes(here, group[0].length, padded, sizeof(C), grads);
+      if (bytes > held) scratch = allocate(held = bytes);
+      kernel(args, tables.view, group, here, scratch.get(), out);
+#pragma omp ordered
+      {
+        for (int r = 0; r < here; ++r) {
+          if (out.flagged[r]) {
+            left.push_back(group[r]);
+            continue;
+          }
+          if (args.paths) args.paths[group[r].index] = path;
+          if (grads && args.kind == kNll)
+            chain.add_gold(group[r], -chain.weight(group[r]), counts, first, last);
+        }
+        if (grads) {
+          for (int64_t i = 0; i < tags; ++i)
+            for (int64_t j = 0; j < tags; ++j) counts[i * tags + j] += out.counts[i * padded + j] * factors[i * tags + j];
+          for (int64_t j = 0; j < tags; ++j) {
+            first[j] += out.first[j];
+            last[j] += out.last[j];
+          }
+        }
+      }
+    }
+  }
+  return left;
+}
+
+}  // namespace
+
+template <class T> int chain_crf(const ChainArgs<T>& args) {
+  Rows<T> rows;
+  if (const int status = rows.read(args)) return status;
+  const Chain<T> chain{args};
+  const int64_t tags = args.tags;
+  const ChainLevel<T>& level = level_of<T>(cpu_level(args.level));
+  std::atomic<bool> bad{false};
+  const int threads = threads_for(rows.all, tags, args.threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (size_t i = 0; i < rows.all.size(); ++i) {
+    Row& row = rows.all[i];
+    if (args.kind != kPartition && !chain.read_gold(row)) bad = true;
+    if (args.grads()) chain.clear_absent(row);
+    if (!bad) chain.settle(row);
+  }
+  if (bad) return kBadTag;
+
+  std::vector<double> sums(args.grads() ? tags * (tags + 2) : 0);
+  double *counts = sums.data(), *first = counts + tags * tags, *last = first + tags;
+  std::vector<Row> todo;
+  for (const Row& row : rows.all) {
+    if (!row.done)
+      todo.push_back(row);
+    else if (args.kind == kScore && args.grads() && row.length && row.score != -kInf)
+      chain.add_gold(row, chain.weight(row), counts, first, last);
+    if (args.paths) args.paths[row.index] = kFast;
+  }
+  if (!todo.empty()) todo = sweep<T>(chain, level, level.narrow, level.lanes_narrow, todo, kFast, counts, first, last);
+  if (sizeof(T) == 4 && !todo.empty())
+    todo = sweep<double>(chain, level, level.wide, level.lanes_wide, todo, kWide, counts, first, last);
+  for (const Row& row : todo) {
+    chain.sweep_in_logs(row, counts, first, last);
+    if (args.paths) args.paths[row.index] = kLog;
+  }
+  if (args.grads()) {
+    for (int64_t x = 0; x < tags * tags; ++x) args.grad_transitions[x] = T(counts[x]);
+    for (int64_t j = 0; j < tags; ++j) {
+      args.grad_start[j] = T(first[j]);
+      args.grad_end[j] = T(last[j]);
+    }
+  }
+  return kOk;
+}
+
+template <class T> int chain_viterbi(const ChainArgs<T>& args) {
+  Rows<T> rows;
+  if (const int status = rows.read(args)) return status;
+  const ChainLevel<T>& level = level_of<T>(cpu_level(args.level));
+  const int64_t tags = args.tags, lanes = level.lanes_wide, padded = (tags + lanes - 1) / lanes * lanes;
+  std::fill_n(args.best_path, args.batch * args.time, int64_t{-1});
+  while (!rows.all.empty() && rows.all.back().length == 0) {
+    args.value[rows.all.back().index] = T(0);
+    rows.all.pop_back();
+  }
+  if (rows.all.empty()) return kOk;
+
+  Block block = allocate(sizeof(double) * padded * (2 * tags + 2));
+  double* forward = static_cast<double*>(block.get());
+  double *into = forward + tags * padded, *start = into + tags * padded, *end = start + padded;
+  std::fill_n(forward, 2 * tags * padded, -kInf);
+  std::fill_n(start, 2 * padded, 0.0);
+  bool nan = false;
+  for (int64_t j0 = 0; j0 < padded;) {
+    const int64_t step = panel_width(padded - j0, lanes, level.panel);
+    for (int64_t i = 0; i < tags; ++i)
+      for (int64_t j = j0; j < std::min(j0 + step, tags); ++j) {
+        const double g = args.transitions[i * tags + j];
+        nan |= g != g;
+        forward[j0 * tags + i * step + j - j0] = g;
+        into[j * padded + i] = g;
+      }
+    j0 += step;
+  }
+  for (int64_t j = 0; j < tags; ++j) {
+    start[j] = args.start ? double(args.start[j]) : 0.0;
+    end[j] = args.end ? double(args.end[j]) : 0.0;
+  }
+  const double top = nan ? std::nan("") : 0.0;
+  const ChainTables<double> tables{tags, padded, nullptr, nullptr, start, end, top, 0, 0, forward, into};
+  const int size = group_rows(rows.all.size());
+  const int64_t groups = (rows.all.size() + size - 1) / size;
+  const int threads = static_cast<int>(std::min<int64_t>(threads_for(rows.all, tags, args.threads), groups));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Block scratch;
+    size_t held = 0;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t g = 0; g < groups; ++g) {
+      const Row* group = rows.all.data() + g * size;
+      const int here = static_cast<int>(std::min<int64_t>(size, rows.all.size() - g * size));
+      const size_t bytes = level.scratch_bytes(here, group[0].length, padded, sizeof(double), false);
+      if (bytes > held) scratch = allocate(held = bytes);
+      level.viterbi(args, tables, group, here, scratch.get());
+    }
+  }
+  return kOk;
+}
+
+template int chain_crf<float>(const ChainArgs<float>&);
+template int chain_crf<double>(const ChainArgs<double>&);
+template int chain_viterbi<float>(const ChainArgs<float>&);
+template int chain_viterbi<double>(const ChainArgs<double>&);
+
+}  // namespace pyseq

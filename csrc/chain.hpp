@@ -1,0 +1,81 @@
+// Linear chains: forward-backward and Viterbi for batches of sequences. Pure functions on pointers and sizes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pyseq {
+
+enum Kind { kPartition = 0, kNll = 1, kScore = 2 };
+enum Status { kOk = 0, kBadTag = 1, kBadLength = 2 };
+enum Path : int32_t { kFast = 0, kWide = 1, kLog = 2 };  // float scaled, double scaled, double log domain
+
+// Emissions (batch, time, tags) with unit stride over tags; parameters contiguous; T is float or double.
+// Null start and end mean zeros, null mask and lengths all live, null weights ones, null gradient of the
+// transitions no gradients wanted.
+template <class T> struct ChainArgs {
+  const T* emissions;
+  int64_t stride_batch, stride_time;
+  int64_t batch, time, tags;
+  const T *transitions, *start, *end;
+  const int64_t* labels;
+  const uint8_t* mask;
+  const int64_t* lengths;
+  const T* weights;
+  int kind;
+  bool check;
+  T* value;
+  T* grad_emissions;
+  int64_t grad_stride_batch, grad_stride_time;
+  T *grad_transitions, *grad_start, *grad_end;
+  int32_t* paths;
+  int64_t* best_path;  // Viterbi: (batch, time) contiguous
+  int threads;
+  int level;
+  __attribute__((always_inline)) bool grads() const { return grad_transitions; }  // the others may be empty
+};
+
+template <class T> int chain_crf(const ChainArgs<T>& args);
+template <class T> int chain_viterbi(const ChainArgs<T>& args);
+
+// The live steps of one sequence.
+struct Row {
+  int64_t index;       // in the batch
+  int64_t length;      // live steps
+  const int32_t* at;   // their positions; null means 0 .. length - 1
+  double score;        // of the gold path
+  bool done;           // value and gradients are already written
+  __attribute__((always_inline)) int64_t step(int64_t k) const { return at ? at[k] : k; }
+};
+
+constexpr int kGroupRows = 8;  // rows that share one sweep
+
+// What all groups of a call share, in the compute type C of a tier.
+template <class C> struct ChainTables {
+  int64_t tags, padded;
+  const C *forward, *backward;  // exp(transitions - top) and its transpose, in panels of kTileVectors vectors
+  const C *start, *end;         // exp(start - start_top), exp(end - end_top), padded with zeros
+  double top, start_top, end_top;
+  const double* raw_forward;    // Viterbi: transitions in panels; null otherwise
+  const double* raw_into;       // Viterbi: transitions by destination (tags, padded)
+};
+
+// One group's outcome. counts (tags, padded) and the two boundary sums (padded) are written, not added to.
+struct GroupResult {
+  bool flagged[kGroupRows];  // the row must be done again in a wider tier; nothing of it is in the sums
+  double *counts, *first, *last;
+};
+
+// Kernels of one instruction set level.
+template <class T> struct ChainLevel {
+  int lanes_narrow, lanes_wide, panel;  // vector lanes of T and of double; vectors in a panel
+  size_t (*scratch_bytes)(int64_t rows, int64_t time, int64_t padded, size_t element, bool grads);
+  void (*narrow)(const ChainArgs<T>&, const ChainTables<T>&, const Row*, int rows, void* scratch, GroupResult&);
+  void (*wide)(const ChainArgs<T>&, const ChainTables<double>&, const Row*, int rows, void* scratch, GroupResult&);
+  void (*viterbi)(const ChainArgs<T>&, const ChainTables<double>&, const Row*, int rows, void* scratch);
+};
+
+extern const ChainLevel<float> chain_float_v2, chain_float_v3, chain_float_v4;
+extern const ChainLevel<double> chain_double_v2, chain_double_v3, chain_double_v4;
+
+}  // namespace pyseq

@@ -1,0 +1,97 @@
+"""C++ launchers of the chain room: SIMD by run-time dispatch, OpenMP with torch's thread count."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from pyseq import _C
+
+_CRF = {torch.float32: _C.crf_float, torch.float64: _C.crf_double}
+_VITERBI = {torch.float32: _C.viterbi_float, torch.float64: _C.viterbi_double}
+_LEVEL = int(os.environ.get("PYSEQ_CPU_LEVEL", "0"))  # 2, 3 or 4 forces an instruction set level, 0 takes the best
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def crf(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    tags: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    weights: Tensor | None,
+    kind: int,
+    check: bool,
+    value: Tensor,
+    grads: list[Tensor] | None,
+    paths: Tensor | None = None,
+    level: int = _LEVEL,
+) -> int:
+    """Value and, where `grads` are given, weighted gradients.
+
+    `paths` (B,) int32 takes what served each sequence: 0 scaled float32 (float64 for float64 emissions), 1 scaled float64,
+    2 the log domain.
+    """
+    g_em, *g_rest = grads or (None,) * 4
+    status: int = _CRF[transitions.dtype](
+        emissions.data_ptr(),
+        emissions.stride(0),
+        emissions.stride(1),
+        *emissions.shape,
+        transitions.data_ptr(),
+        _address(start),
+        _address(end),
+        _address(tags),
+        _address(mask),
+        _address(lengths),
+        _address(weights),
+        kind,
+        check,
+        value.data_ptr(),
+        _address(g_em),
+        0 if g_em is None else g_em.stride(0),
+        0 if g_em is None else g_em.stride(1),
+        *map(_address, g_rest),
+        _address(paths),
+        torch.get_num_threads(),
+        level,
+    )
+    return status
+
+
+def viterbi(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    tags: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    check: bool,
+    scores: Tensor,
+    path: Tensor,
+    level: int = _LEVEL,
+) -> int:
+    """Best scores and paths; `tags` is not read."""
+    status: int = _VITERBI[transitions.dtype](
+        emissions.data_ptr(),
+        emissions.stride(0),
+        emissions.stride(1),
+        *emissions.shape,
+        transitions.data_ptr(),
+        _address(start),
+        _address(end),
+        _address(mask),
+        _address(lengths),
+        check,
+        scores.data_ptr(),
+        path.data_ptr(),
+        torch.get_num_threads(),
+        level,
+    )
+    return status
