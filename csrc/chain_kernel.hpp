@@ -219,11 +219,16 @@ static bool lost_digits(
   uint8_t* before = reached + tags;
   for (int64_t k = 0; k <= last; ++k) {
     const T* f = args.emissions + row.index * args.stride_batch + row.step(k) * args.stride_time;
+    const T forbidden = -__builtin_inf();
+    for (int64_t j = 0; j < tags; ++j) reached[j] = k == 0 && !(args.start && args.start[j] == forbidden);
+    bool all = k == 0;
+    for (int64_t i = 0; i < tags && !all; ++i) {
+      if (!before[i]) continue;
+      all = true;
+      for (int64_t j = 0; j < tags; ++j) all &= reached[j] |= args.transitions[i * tags + j] != forbidden;
+    }
     for (int64_t j = 0; j < tags; ++j) {
-      uint8_t possible = k == 0 && !(args.start && args.start[j] == -__builtin_inf());
-      for (int64_t i = 0; k && i < tags; ++i)
-        possible |= before[i] & (args.transitions[i * tags + j] != T(-__builtin_inf()));
-      reached[j] = possible & (f[j] != T(-__builtin_inf()));
+      reached[j] &= f[j] != forbidden;
       if (reached[j] && !(a[k * stride + j] >= least)) return true;
     }
     memcpy(before, reached, tags);

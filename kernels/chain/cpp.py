@@ -34,8 +34,8 @@ def crf(
 ) -> int:
     """Value and, where `grads` are given, weighted gradients.
 
-    `paths` (B,) int32 takes what served each sequence: 0 scaled float32 (float64 for float64 emissions), 1 scaled float64,
-    2 the log domain.
+    `paths` (B,) int32 takes what served each sequence: 0 the scaled domain in the dtype of the sums, 1 the scaled
+    domain in float64, 2 the log domain.
     """
     g_em, *g_rest = grads or (None,) * 4
     status: int = _CRF[transitions.dtype](

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from pyseq.kernels.common import BAD_LENGTH, BAD_TAG, NLL, OK, PARTITION, SCORE
+from pyseq.kernels.common import BAD_LENGTH, BAD_TAG, OK, PARTITION, SCORE
 
 _JIT: dict[str, Any] = {
     "nogil": True,
@@ -21,8 +21,7 @@ _JIT: dict[str, Any] = {
 }
 _INF = np.inf
 _LANES = 8  # tags are padded to whole vectors
-_TINY = 1e-200  # a reachable state below this, relative to its step's largest, may be about to underflow
-_OVERLAP = 1e-100  # least overlap of forward and backward vectors for which lost digits cannot matter
+_TINY = 1e-200  # a reachable state below this, relative to the step before, may have lost digits to underflow
 _MAGIC = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
 
 
@@ -90,8 +89,8 @@ def _gold_counts(tags, steps, n, weight, g_em, counts, g_start, g_end):
 
 
 @njit(**_JIT)
-def _underflowed(a, f, transitions, start, steps, n, num_tags):
-    """Whether a state that some path reaches lost its digits; a[k, j] == 0 for unreachable states is right."""
+def _underflowed(a, least, f, transitions, start, steps, n, num_tags):
+    """Whether a state that some path reaches holds less than `least`; unreachable states rightly hold 0."""
     reached = np.empty(num_tags, np.bool_)
     before = np.empty(num_tags, np.bool_)
     for k in range(n):
@@ -103,7 +102,7 @@ def _underflowed(a, f, transitions, start, steps, n, num_tags):
                 for i in range(num_tags):
                     possible |= before[i] and transitions[i, j] > -_INF
             reached[j] = possible and f[steps[k], j] > -_INF
-            if reached[j] and not a[k, j] >= _TINY:
+            if reached[j] and not a[k, j] >= least:
                 return True
         before[:] = reached
     return False
@@ -113,8 +112,8 @@ def _underflowed(a, f, transitions, start, steps, n, num_tags):
 def _forward(f, weights_out, start, steps, n, num_tags, a, u):
     """Fill a (n, P) with scaled forward vectors and u (n, P) so that a[k] = (a[k-1] @ E) * u[k].
 
-    Returns the sum of the logs of the scales, without the n - 1 maxima of the transitions, and whether every state
-    kept its digits.
+    Returns the sum of the logs of the scales, without the n - 1 maxima of the transitions, whether every state surely
+    kept its digits, and the least scaled value at which a state did.
     """
     padded = a.shape[1]
     for k in range(n):
@@ -135,6 +134,7 @@ def _forward(f, weights_out, start, steps, n, num_tags, a, u):
         flat[x] = _exp(flat[x])
     log_scale = 0.0
     clean = True
+    least = _TINY
     for k in range(n):
         log_scale += a[k, 0]
         if k == 0:
@@ -152,28 +152,28 @@ def _forward(f, weights_out, start, steps, n, num_tags, a, u):
         for j in range(num_tags):
             top = max(top, a[k, j])
             low = min(low, a[k, j])
-        clean &= low >= _TINY * top and top > 0.0
         scale = 1.0 / top if top > 0.0 else 1.0
+        if not low >= _TINY:
+            clean = False
+            least = max(least, _TINY * scale)
         log_scale -= math.log(scale)
         for j in range(padded):
             a[k, j] *= scale
             u[k, j] *= scale
-    return log_scale, clean
+    return log_scale, clean, least
 
 
 @njit(**_JIT)
 def _backward(a, u, weights_in, end_weights, steps, n, num_tags, weight, g_em, counts, g_start, g_end):
-    """Add the weighted expected counts; `counts` still lacks the factor E. False, with nothing added, on lost digits."""
+    """Add the weighted expected counts; `counts` lacks the factor E. False, and nothing added, on lost digits."""
     padded = a.shape[1]
     b = end_weights.copy()
     later = np.empty((n, padded))  # u * b / overlap of each step
     for k in range(n - 1, -1, -1):
-        overlap = 0.0
-        top = 0.0
+        overlap = 0.0  # about 1 but at the last step: b is kept so by dividing by it
         for j in range(padded):
             overlap += a[k, j] * b[j]
-            top = max(top, b[j])
-        if not overlap >= _OVERLAP * top:
+        if not (overlap >= _TINY and overlap <= 1e100):
             return False
         factor = 1.0 / overlap
         for j in range(padded):
@@ -257,7 +257,23 @@ def _log_backward(f, transitions, end, steps, n, num_tags, alpha, log_z, weight,
 
 @njit(**_JIT)
 def _crf(
-    emissions, transitions, start, end, tags, mask, lengths, weights, kind, check, with_grad, paths, value, g_em, g_tr, g_start, g_end
+    emissions,
+    transitions,
+    start,
+    end,
+    tags,
+    mask,
+    lengths,
+    weights,
+    kind,
+    check,
+    with_grad,
+    paths,
+    value,
+    g_em,
+    g_tr,
+    g_start,
+    g_end,
 ):
     batch, time, num_tags = emissions.shape
     padded = (num_tags + _LANES - 1) // _LANES * _LANES
@@ -281,7 +297,7 @@ def _crf(
     for i in range(num_tags):
         for j in range(num_tags):
             w = math.exp(np.float64(transitions[i, j]) - top)
-            narrow &= w >= _TINY or transitions[i, j] == -_INF
+            narrow &= (w >= _TINY and w <= 1.0) or transitions[i, j] == -_INF
             weights_out[i, j] = w
             weights_in[j, i] = w
     end_top = -_INF
@@ -327,12 +343,12 @@ def _crf(
         slow = not narrow
         log_z = 0.0
         if not slow:
-            log_scale, clean = _forward(f, weights_out, start, steps, n, num_tags, a, u)
-            slow = not clean and _underflowed(a, f, transitions, start, steps, n, num_tags)
+            log_scale, clean, least = _forward(f, weights_out, start, steps, n, num_tags, a, u)
+            slow = not clean and _underflowed(a, least, f, transitions, start, steps, n, num_tags)
             total = 0.0
             for j in range(num_tags):
                 total += a[n - 1, j] * end_weights[j]
-            slow |= not total >= _OVERLAP
+            slow |= not total >= _TINY
             log_z = log_scale + (n - 1) * top + math.log(total) + end_top
             if with_grad and not slow:
                 slow = not _backward(
@@ -455,7 +471,7 @@ def crf(
     grads: list[Tensor] | None,
     paths: Tensor | None = None,
 ) -> int:
-    """Value and, where `grads` are given, weighted gradients; `paths` (B,) takes 0 for the fast path, 1 for the slow."""
+    """Value and, where `grads` are given, gradients; `paths` (B,) int32 takes 1 where the log domain served."""
     batch = len(emissions)
     scores, shared, opening, closing, live, ends = _chain(emissions, transitions, start, end, mask, lengths)
     none = np.empty((0, 0), shared.dtype)

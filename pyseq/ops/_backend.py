@@ -4,14 +4,15 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 Backend = Literal["auto", "reference", "numba", "cpp", "triton"]
+Op = TypeVar("Op", bound=Callable[..., Any])
 BACKENDS = ("reference", "numba", "cpp", "triton")
 ROOMS: dict[str, "Room"] = {}
 
@@ -23,14 +24,22 @@ class Room:
     name: folder of the launchers in `pyseq.kernels`.
     order: for each device type, the backends `auto` asks, first choice first; other devices get `reference`.
     limits: the room's own reasons against a backend for these inputs (sizes, dtypes).
+    ops: the public functions, as `op` decorated them.
     """
 
     name: str
     order: dict[str, tuple[str, ...]]
     limits: Callable[[str, Tensor], list[str]]
+    ops: list[Callable[..., Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         ROOMS[self.name] = self
+
+    def op(self, function: Op) -> Op:
+        """Decorate a public function of the room, so that `explain` knows it."""
+        function.room = self  # type: ignore[attr-defined]
+        self.ops.append(function)
+        return function
 
     def reasons(self, backend: str, lead: Tensor) -> list[str]:
         """Why `backend` cannot serve inputs like `lead`; empty where it can."""
@@ -58,7 +67,8 @@ def _override() -> str:
 
 def checks_forced() -> bool:
     """PYSEQ_CHECK=1: value checks raise on every device, at the price of a host synchronisation on the GPU."""
-    return _flag("PYSEQ_CHECK")
+    forced: bool = _flag("PYSEQ_CHECK")
+    return forced
 
 
 @torch.compiler.assume_constant_result

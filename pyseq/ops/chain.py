@@ -6,8 +6,7 @@ An absent step is skipped: nothing there is read, and its live neighbours connec
 score and loss 0. A score of -inf forbids; its gradient is 0. See docs/chain.md for the derivation.
 """
 
-from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +17,6 @@ from pyseq.ops._backend import Backend, Room, checks_forced, launcher
 from pyseq.ops._library import register
 from pyseq.reference import chain as reference
 
-P = ParamSpec("P")
-R = TypeVar("R")
 Optional = Tensor | None
 # emissions, transitions, start, end, tags, mask, lengths
 Chain = tuple[Tensor, Tensor, Optional, Optional, Optional, Optional, Optional]
@@ -35,12 +32,7 @@ def _limits(backend: str, emissions: Tensor) -> list[str]:
 CHAIN = Room("chain", {"cpu": ("cpp", "numba", "reference"), "cuda": ("triton", "reference")}, _limits)
 
 
-def _chain_op(op: Callable[Concatenate[Tensor, Tensor, P], R]) -> Callable[Concatenate[Tensor, Tensor, P], R]:
-    op.room = CHAIN  # type: ignore[attr-defined]
-    return op
-
-
-@_chain_op
+@CHAIN.op
 def crf_log_partition(
     emissions: Tensor,
     transitions: Tensor,
@@ -55,8 +47,8 @@ def crf_log_partition(
 
     emissions: (B, T, K) float32, float64, bfloat16 or float16. transitions: (K, K). start, end: (K,), None means zeros.
     mask: (B, T) bool, True where live; lengths: (B,) integers in [0, T]; at most one of them, neither means all live.
-    Returns (B,) in nats, float64 for float64 emissions, else float32; -inf where no path is feasible, with zero gradient.
-    Differentiable twice in emissions, transitions, start and end.
+    Returns (B,) in nats, float64 for float64 emissions, else float32; -inf, with zero gradient, where no path is
+    feasible. Differentiable twice in emissions, transitions, start and end.
     Raises ValueError for a wrong shape, device or length, TypeError for a wrong dtype.
     Time O(B T K^2), memory O(B T K); the second derivative runs in the reference, with O(B T K^2) memory.
     Source: Lafferty, McCallum and Pereira 2001; scaled recursion as in Rabiner 1989, section V.A.
@@ -65,7 +57,7 @@ def crf_log_partition(
     return _value(PARTITION, chain, backend)
 
 
-@_chain_op
+@CHAIN.op
 def crf_score(
     emissions: Tensor,
     transitions: Tensor,
@@ -87,7 +79,7 @@ def crf_score(
     return _value(SCORE, chain, backend)
 
 
-@_chain_op
+@CHAIN.op
 def crf_nll(
     emissions: Tensor,
     transitions: Tensor,
@@ -109,7 +101,7 @@ def crf_nll(
     return _value(NLL, chain, backend)
 
 
-@_chain_op
+@CHAIN.op
 def crf_marginals(
     emissions: Tensor,
     transitions: Tensor,
@@ -136,7 +128,7 @@ def crf_marginals(
     return _value_and_grad(*chain, None, PARTITION, check, chosen)[1]  # type: ignore[no-any-return]
 
 
-@_chain_op
+@CHAIN.op
 def viterbi(
     emissions: Tensor,
     transitions: Tensor,
@@ -346,6 +338,21 @@ _viterbi = register(
 )
 
 
+def _sweep(*args: Any) -> tuple[Tensor, ...]:
+    """The raw op, without the dispatcher's price where nothing traces."""
+    eager = type(args[0]) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    swept: tuple[Tensor, ...] = _value_and_grad_impl(*args) if eager else _value_and_grad(*args)
+    return swept
+
+
+def _uniform(upstream: Tensor) -> bool:
+    """Whether all sequences have one gradient weight, as far as the host can tell without waiting for a device."""
+    if upstream.stride(0) == 0:  # what .sum() sends back
+        return True
+    on_host = upstream.device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_host and torch.equal(upstream, upstream[:1].expand_as(upstream))  # what .mean() sends back
+
+
 def _needs_grad(chain: Chain) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in chain[:4])
 
@@ -356,7 +363,7 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *chain, kind, check, backend = args
-        value, *grads = _value_and_grad(*chain, None, kind, check, backend)
+        value, *grads = _sweep(*chain, None, kind, check, backend)
         ctx.save_for_backward(*chain, *grads)
         ctx.options = kind, check, backend
         return value  # type: ignore[no-any-return]
@@ -366,10 +373,10 @@ class _Value(torch.autograd.Function):
         chain, grads = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
         if torch.is_grad_enabled():  # create_graph=True
             return (*_reference_grad(ctx, _reference(ctx.options[0], chain), chain, upstream), *[None] * 6)
-        if upstream.numel() == 1 or upstream.stride(0) == 0:  # one weight for all, as .sum() and .mean() give
-            grads = [grad * upstream[0] for grad in grads]
+        if upstream.numel() and _uniform(upstream):
+            grads = torch._foreach_mul(grads, upstream[0])
         elif upstream.numel():
-            _, *grads = _value_and_grad(*chain, upstream, *ctx.options)
+            _, *grads = _sweep(*chain, upstream, *ctx.options)
         return (*(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6)
 
 
@@ -386,7 +393,8 @@ class _Marginals(torch.autograd.Function):
         if not torch.is_grad_enabled():
             chain = *(x if x is None else x.detach().requires_grad_() for x in chain[:4]), *chain[4:]
         with torch.enable_grad():
-            marginals = reference.crf_marginals(*chain[:4], _live(chain))
+            emissions, transitions, start, end = chain[:4]
+            marginals = reference.crf_marginals(emissions, transitions, start, end, _live(chain))
         return (*_reference_grad(ctx, marginals, chain, upstream), *[None] * 5)
 
 
@@ -394,7 +402,5 @@ def _reference_grad(ctx: Any, value: Tensor, chain: Chain, upstream: Tensor) -> 
     """Gradients of a value that the reference computed from the chain, differentiable again under create_graph."""
     wanted = [x if n else None for x, n in zip(chain[:4], ctx.needs_input_grad, strict=False)]
     inputs = [x for x in wanted if x is not None]
-    found = iter(
-        torch.autograd.grad(value, inputs, upstream, create_graph=torch.is_grad_enabled(), allow_unused=True)
-    )
+    found = iter(torch.autograd.grad(value, inputs, upstream, create_graph=torch.is_grad_enabled(), allow_unused=True))
     return [None if x is None else next(found) for x in wanted]

@@ -47,7 +47,7 @@ def crf_score(
 ) -> Tensor:
     """Score (B,) of the tag path over the live steps; -inf, with zero gradient, where the path is forbidden."""
     emissions = _widen(emissions, live)
-    batch, time, _ = emissions.shape
+    time = emissions.size(1)
     if time == 0:
         return emissions.sum((1, 2))  # zeros that keep the graph
     tags = torch.where(live, tags, 0)
@@ -94,7 +94,7 @@ def crf_marginals(
 def viterbi(
     emissions: Tensor, transitions: Tensor, start: Tensor | None, end: Tensor | None, live: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Best score (B,) and path (B, T), -1 where absent or where no path is feasible. Sums in float64, lowest tag wins."""
+    """Best score (B,) and path (B, T), -1 where absent or nothing is feasible. Sums in float64, lowest tag wins."""
     dtype = torch.promote_types(emissions.dtype, torch.float32)
     emissions, transitions = _widen(emissions, live).double(), transitions.double()
     batch, time, tags = emissions.shape

@@ -1,0 +1,216 @@
+"""A linear-chain CRF layer: drop-in for `torchcrf.CRF` of pytorch-crf 0.7.2, for any mask and any float dtype."""
+
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pyseq import ops
+
+Reduction = Literal["none", "sum", "mean", "token_mean"]
+Ignored = Literal["absent", "unknown"]
+# emissions (B, T, K), transitions, start, end, mask (B, T)
+_Chain = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+
+class CRF(nn.Module):
+    """Linear-chain conditional random field over an encoder's emissions.
+
+    num_tags: K, at least 1, else ValueError. batch_first: the module's layout, False for emissions (T, B, K), tags and
+    masks (T, B); True for (B, T, K) and (B, T).
+    Parameters, interchangeable with those of `torchcrf.CRF`: start_transitions (K,), end_transitions (K,), transitions
+    (K, K), where [i, j] scores going from tag i to tag j. -inf there or in the emissions forbids, with zero gradient.
+
+    Every method takes emissions in float32, float64, bfloat16 or float16, sums in float32 or float64, and returns
+    float64 where emissions or parameters are float64, else float32. A mask is bool or uint8 (nonzero is live), None
+    means all live. Any mask will do: an absent step is skipped, its live neighbours connect directly, nothing there is
+    read (padding labels may be -100, emissions NaN), and its gradient is 0. A row without live steps scores 0.
+
+    Raises ValueError, in the words of `torchcrf.CRF`, for wrong shapes and reductions, before any value is looked at;
+    then ValueError for tensors on different devices and TypeError for a wrong dtype.
+
+    Time O(B T K^2), memory O(B T K). Source: Lafferty, McCallum and Pereira 2001.
+    """
+
+    def __init__(self, num_tags: int, batch_first: bool = False) -> None:
+        if num_tags <= 0:
+            raise ValueError(f"invalid number of tags: {num_tags}")
+        super().__init__()
+        self.num_tags = num_tags
+        self.batch_first = batch_first
+        self.start_transitions = nn.Parameter(torch.empty(num_tags))
+        self.end_transitions = nn.Parameter(torch.empty(num_tags))
+        self.transitions = nn.Parameter(torch.empty(num_tags, num_tags))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter from the uniform distribution on [-0.1, 0.1]."""
+        for parameter in (self.start_transitions, self.end_transitions, self.transitions):
+            nn.init.uniform_(parameter, -0.1, 0.1)
+
+    def extra_repr(self) -> str:
+        return f"num_tags={self.num_tags}"
+
+    def forward(
+        self,
+        emissions: Tensor,
+        tags: Tensor,
+        mask: Tensor | None = None,
+        reduction: Reduction = "sum",
+        *,
+        ignore_index: int = -100,
+        ignored: Ignored | None = None,
+    ) -> Tensor:
+        """Log-likelihood of the tags: at most 0, to be maximised. `nll`, its negative, is the loss to minimise.
+
+        Arguments as in `nll`, but the reduction defaults to "sum", as in `torchcrf.CRF`.
+        """
+        return -self.nll(emissions, tags, mask, reduction, ignore_index=ignore_index, ignored=ignored)
+
+    def nll(
+        self,
+        emissions: Tensor,
+        tags: Tensor,
+        mask: Tensor | None = None,
+        reduction: Reduction = "mean",
+        *,
+        ignore_index: int = -100,
+        ignored: Ignored | None = None,
+    ) -> Tensor:
+        """Negative log-likelihood of the tags, in nats: a loss, at least 0.
+
+        emissions: (T, B, K), or (B, T, K) with `batch_first`. tags: int64 or int32, in [0, K) at live steps. tags and
+        mask are in the module's layout.
+        reduction: "none" gives (B,); "sum" adds over sequences; "mean", the default, divides that by B; "token_mean" by
+        the number of live steps, or by 1 where there is none.
+        ignored: what the label `ignore_index` means at a live step. None: nothing, it is out of range and raises.
+        "absent": the step is masked out, also for "token_mean". "unknown": some tag, nobody knows which; the loss sums
+        over all of them: log Z minus log Z over the paths that agree with the known labels, at twice the time and two
+        more tensors of the size of the emissions.
+        Returns +inf, with zero gradient, for a sequence whose tags are forbidden. Differentiable twice.
+        Raises ValueError as the class says, for another word in `ignored`, and for a tag out of range (on the CPU
+        outside compile, elsewhere only with PYSEQ_CHECK=1).
+        """
+        self._validate(emissions, tags, mask)
+        if reduction not in ("none", "sum", "mean", "token_mean"):
+            raise ValueError(f"invalid reduction: {reduction}")
+        if not self.batch_first:
+            tags = tags.transpose(0, 1)
+        emissions, transitions, start, end, mask = self._chain(emissions, mask)
+        if ignored is None:
+            nll = ops.crf_nll(emissions, transitions, tags, start, end, mask)
+        else:
+            known = tags != ignore_index
+            labelled = known if mask is None else known & mask
+            if ignored == "absent":
+                mask = labelled
+                nll = ops.crf_nll(emissions, transitions, tags, start, end, mask)
+            elif ignored == "unknown":
+                nll = _partial_nll((emissions, transitions, start, end, mask), tags, labelled)
+            else:
+                raise ValueError(f"ignored must be None, 'absent' or 'unknown', got {ignored!r}")
+        if reduction == "none":
+            return nll
+        total = nll.sum()  # unlike .mean(), sends back one stride-0 weight, which spares the op a second sweep
+        if reduction == "sum":
+            return total
+        if reduction == "mean":
+            return total / nll.numel()
+        return total / (max(tags.numel(), 1) if mask is None else mask.sum().clamp(min=1))
+
+    def decode(self, emissions: Tensor, mask: Tensor | None = None) -> list[list[int]]:
+        """The best tags of each sequence's live steps, as B lists; all -1 where no path is feasible.
+
+        Arguments and errors as in `nll`. Copies to the host; `viterbi` does not.
+        """
+        self._validate(emissions, None, mask)
+        chain = self._chain(emissions, mask)
+        _, path = ops.viterbi(*chain)
+        live = chain[4]
+        if live is None:
+            return path.tolist()  # type: ignore[no-any-return]
+        flat, counts = path[live].tolist(), live.sum(1).tolist()
+        return [flat[stop - count : stop] for count, stop in zip(counts, accumulate(counts), strict=True)]
+
+    def viterbi(self, emissions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The best path and its score.
+
+        Arguments and errors as in `nll`. Returns scores (B,) and tags int64 in the module's layout, -1 where masked.
+        Where no path is feasible the score is -inf and every tag -1. Ties go to the lowest tag, from the last step
+        backwards. Not differentiable.
+        """
+        self._validate(emissions, None, mask)
+        scores, path = ops.viterbi(*self._chain(emissions, mask))
+        return scores, path if self.batch_first else path.transpose(0, 1)
+
+    def marginals(self, emissions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Posterior probability of each tag at each step, in the layout and shape of the emissions.
+
+        Arguments and errors as in `nll`. Sums to 1 over tags at live steps; 0 at masked ones and where no path is
+        feasible. Differentiable.
+        """
+        self._validate(emissions, None, mask)
+        marginals = ops.crf_marginals(*self._chain(emissions, mask))
+        return marginals if self.batch_first else marginals.transpose(0, 1)
+
+    def _validate(self, emissions: Tensor, tags: Tensor | None, mask: Tensor | None) -> None:
+        if emissions.dim() != 3:
+            raise ValueError(f"emissions must have dimension of 3, got {emissions.dim()}")
+        *shape, num_tags = emissions.shape
+        if num_tags != self.num_tags:
+            raise ValueError(f"expected last dimension of emissions is {self.num_tags}, got {num_tags}")
+        for name, x in (("tags", tags), ("mask", mask)):
+            if x is not None and x.shape != (*shape,):
+                raise ValueError(
+                    f"the first two dimensions of emissions and {name} must match, got {(*shape,)} and {tuple(x.shape)}"
+                )
+
+    def _chain(self, emissions: Tensor, mask: Tensor | None) -> _Chain:
+        """Views with the batch first, and a bool mask."""
+        transitions = self.transitions
+        if transitions.dtype == torch.float64:
+            emissions = emissions.double()
+        if mask is not None:
+            if mask.dtype == torch.uint8:
+                mask = mask != 0
+            elif mask.dtype != torch.bool:
+                raise TypeError(f"mask must be of dtype torch.bool or torch.uint8, got {mask.dtype}; use mask.bool()")
+        if not self.batch_first:
+            emissions = emissions.transpose(0, 1)
+            mask = None if mask is None else mask.transpose(0, 1)
+        return emissions, transitions, self.start_transitions, self.end_transitions, mask
+
+
+def _partial_nll(chain: _Chain, tags: Tensor, labelled: Tensor) -> Tensor:
+    """log Z minus log Z over the paths that agree with the tags at labelled steps, (B,)."""
+    emissions, transitions, start, end, mask = chain
+    with torch.no_grad():
+        ops.crf_score(emissions, transitions, tags, start, end, labelled)  # raises on a tag out of range
+    others = torch.arange(emissions.size(2), device=tags.device) != tags.unsqueeze(2)
+    agreeing = emissions.masked_fill(others & labelled.unsqueeze(2), -torch.inf)
+    log_z = ops.crf_log_partition(*chain)
+    log_agreeing = ops.crf_log_partition(agreeing, transitions, start, end, mask)
+    nll = torch.where(log_agreeing == -torch.inf, torch.inf, log_z - log_agreeing)
+    return nll - nll.detach().clamp(max=0)  # rounding must not make a loss negative
+
+
+def crf_parameter_groups(model: nn.Module, lr: float, multiplier: float = 100.0) -> list[dict[str, Any]]:
+    """Parameter groups, for any torch optimizer, in which the CRFs of a model learn `multiplier` times faster.
+
+    At an encoder's own rate, 1e-5, a CRF's transitions hardly move; they want 1e-3 or more.
+    model: is or contains at least one CRF, else ValueError. lr: of all other parameters. Returns their group, then the
+    group of the CRFs' own parameters at `lr * multiplier`, without empty ones. Every parameter that requires a gradient
+    appears once, also where modules share it (a CRF's claim comes first). Decoupled weight decay (AdamW) takes
+    `lr * weight_decay` a step, so it grows too; set `groups[-1]["weight_decay"]` to choose otherwise.
+    """
+    crfs = [module for module in model.modules() if isinstance(module, CRF)]
+    if not crfs:
+        raise ValueError(f"{type(model).__name__} contains no pyseq.nn.CRF; pass the model that holds it")
+    heads = {parameter for crf in crfs for parameter in crf.parameters(recurse=False)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = (
+        {"params": [parameter for parameter in trained if parameter not in heads], "lr": lr},
+        {"params": [parameter for parameter in trained if parameter in heads], "lr": lr * multiplier},
+    )
+    return [group for group in groups if group["params"]]
