@@ -15,7 +15,7 @@ using pyseq::GroupResult;
 using pyseq::kGroupRows;
 using pyseq::Row;
 
-// A reachable state below kTiny of about the largest one before it may have lost digits to underflow.
+// A reachable state below kTiny, where the step's largest is about 1, may have lost digits to underflow.
 template <class C> constexpr C kTiny = 0;
 template <> constexpr float kTiny<float> = 0x1p-90f;
 template <> constexpr double kTiny<double> = 0x1p-900;
@@ -185,36 +185,60 @@ static void add_counts(const C* a, const C* w, int64_t steps, int64_t tags, int6
   }
 }
 
-// u[j] = exp(f[j]) * 2^-shift with shift the largest exponent; false if a finite score is out of range, or NaN or +inf.
-template <class C, class In>
-PYSEQ_INLINE bool exp_row(const In* f, int64_t tags, int64_t padded, C* u, IVec<C>* exponents, int64_t& shift) {
+// One step of one row: a = dot * exp(f) and u = exp(f), both divided by 2^shift, where shift brings the largest a into
+// [1, 2). `dot` is the product with the step before and may be `a` itself. NV is the number of vectors, 0 if not fixed.
+struct StepState {
+  int64_t power;    // sum of the shifts
+  int64_t suspect;  // last step at which a possible state held 0
+  bool flagged;     // a state lost digits, or a score is NaN, +inf or out of range
+};
+template <class C, class In, int NV>
+PYSEQ_INLINE void step_row(
+    const In* f, const C* dot, int64_t k, int64_t tags, int64_t padded, IVec<C> real, C* a, C* u, IVec<C>* exponents,
+    StepState& state) {
   constexpr int L = Simd<C>::lanes;
-  constexpr typename Simd<C>::Int none = -(1 << 22);
-  const Vec<C> range = splat(kExpRange<C>), forbidden = splat(-C(__builtin_inf()));
-  IVec<C> top = IVec<C>{} + none, bad = {};
-  for (int64_t j = 0, v = 0; j < padded; j += L, ++v) {
-    Vec<C> x, p;
-    load_some(x, f + j, int(tags - j < L ? tags - j : L));
+  typedef typename Simd<C>::Int Int;
+  const int64_t vectors = NV ? NV : padded / L;
+  const Vec<C> range = splat(kExpRange<C>), tiny = splat(kTiny<C>);
+  const IVec<C> none = IVec<C>{} - Int(1 << 22);
+  IVec<C> top = none, bad = {}, zero = {}, n;
+  Vec<C> x, p, mass;
+  for (int64_t v = 0; v < vectors; ++v) {
+    load_some(x, f + v * L, int(tags - v * L < L ? tags - v * L : L));
+    const Vec<C> before = load(dot + v * L);
     const IVec<C> fine = (IVec<C>)((x <= range) & (x >= -range));
-    bad |= ~fine & (IVec<C>)(x != forbidden);
-    IVec<C> n;
+    const IVec<C> possible = v + 1 < vectors ? fine : fine & real;
+    const IVec<C> held = (IVec<C>)(before > C(0));
+    bad |= ~fine & (IVec<C>)(x != -C(__builtin_inf()));
+    bad |= possible & held & (IVec<C>)(before < tiny);
+    zero |= possible & ~held;
     exp_split(fine ? x : Vec<C>{}, p, n);
-    n = fine ? n : IVec<C>{} + none;
-    store<C>(u + j, p);
-    exponents[v] = n;
-    top = n > top ? n : top;
+    const IVec<C> live = fine & held;  // the others get a = u = 0: no path goes through them
+    mass = live ? before * p : Vec<C>{};
+    n = live ? n : none;
+    const IVec<C> exponent = ((IVec<C>)mass >> Simd<C>::mantissa) + n;
+    top = exponent > top ? exponent : top;
+    if (!NV) store<C>(a + v * L, mass), store<C>(u + v * L, p), exponents[v] = n;
   }
-  const int64_t largest = max_lane(top);
-  shift = largest == none ? 0 : largest;
-  const IVec<C> base = IVec<C>{} + (typename Simd<C>::Int)shift;
-  for (int64_t j = 0, v = 0; j < padded; j += L, ++v) store<C>(u + j, scale_by_power<C>(load(u + j), exponents[v] - base));
-  return !any(bad);
+  const int64_t largest = max_lane(top), shift = largest < -(1 << 21) ? 0 : largest - Simd<C>::bias;
+  const IVec<C> base = IVec<C>{} + Int(shift);
+  for (int64_t v = 0; v < vectors; ++v) {
+    if (!NV) mass = load(a + v * L), p = load(u + v * L), n = exponents[v];
+    const IVec<C> held = (IVec<C>)(mass > C(0));
+    mass = scale_by_power<C>(mass, n - base);
+    bad |= held & (IVec<C>)(mass < tiny);
+    store<C>(a + v * L, mass);
+    store<C>(u + v * L, scale_by_power<C>(p, n - base));
+  }
+  state.power += shift;
+  state.flagged |= any(bad);
+  state.suspect = any(zero) ? k : state.suspect;
 }
 
-// Whether a state that some path reaches holds less than `least` at a step up to `last`; unreachable states hold 0.
+// Whether a state that some path reaches holds 0 at a step up to `last`, as only unreachable states should.
 template <class T, class C>
-static bool lost_digits(
-    const ChainArgs<T>& args, const Row& row, const C* a, int64_t stride, int64_t last, C least, uint8_t* reached) {
+static bool underflowed(
+    const ChainArgs<T>& args, const Row& row, const C* a, int64_t stride, int64_t last, uint8_t* reached) {
   const int64_t tags = args.tags;
   uint8_t* before = reached + tags;
   for (int64_t k = 0; k <= last; ++k) {
@@ -229,7 +253,7 @@ static bool lost_digits(
     }
     for (int64_t j = 0; j < tags; ++j) {
       reached[j] &= f[j] != forbidden;
-      if (reached[j] && !(a[k * stride + j] >= least)) return true;
+      if (reached[j] && !(a[k * stride + j] > 0)) return true;
     }
     memcpy(before, reached, tags);
   }
@@ -250,7 +274,6 @@ static void forward_backward(
   const int64_t tags = tables.tags, padded = tables.padded, stride = rows * padded;
   const int64_t longest = group[0].length;
   const bool grads = args.grads() && args.kind != pyseq::kScore;
-  const Vec<C> tiny = splat(kTiny<C>);
   IVec<C> real;  // lanes of a row's last vector that are tags
   for (int l = 0; l < L; ++l) real[l] = padded - L + l < tags ? -1 : 0;
 
@@ -260,13 +283,11 @@ static void forward_backward(
   IVec<C>* exponents = (IVec<C>*)(b + stride);
   uint8_t* reached = (uint8_t*)(exponents + 2 * padded / L);
 
-  int64_t power[kGroupRows] = {}, suspect[kGroupRows];
+  StepState state[kGroupRows];
   double log_z[kGroupRows];
-  C weight[kGroupRows], least[kGroupRows];
+  C weight[kGroupRows];
   for (int r = 0; r < rows; ++r) {
-    suspect[r] = -1;
-    least[r] = kTiny<C>;
-    out.flagged[r] = false;
+    state[r] = {0, -1, false};
     weight[r] = args.weights ? C(args.weights[group[r].index]) : C(1);
   }
 
@@ -277,31 +298,12 @@ static void forward_backward(
     if (k) product<C, false>(active, now - stride, padded, tables.forward, tags, now);
     for (int r = 0; r < active; ++r) {
       C *ar = now + r * padded, *ur = step + r * padded;
-      int64_t shift;
       const T* f = args.emissions + group[r].index * args.stride_batch + group[r].step(k) * args.stride_time;
-      out.flagged[r] |= !exp_row<C, T>(f, tags, padded, ur, exponents, shift);
-      power[r] += shift;
-      Vec<C> top = {};
-      IVec<C> small = {};
-      for (int64_t j = 0; j < padded; j += L) {
-        const Vec<C> mass = load(k ? ar + j : tables.start + j) * load(ur + j);
-        store<C>(ar + j, mass);
-        top = max(mass, top);
-        small |= (IVec<C>)(mass < tiny) & (j + L < padded ? ~IVec<C>{} : real);
-      }
-      const C largest = max_lane(top);
-      int64_t exponent = 0;
-      const C scale = largest > 0 ? inverse_power<C>(largest, exponent) : C(1);
-      power[r] += exponent;
-      for (int64_t j = 0; j < padded; j += L) {
-        store<C>(ar + j, load(ar + j) * scale);
-        store<C>(ur + j, load(ur + j) * scale);
-      }
-      if (any(small)) {
-        suspect[r] = k;
-        const C scaled = kTiny<C> * scale;
-        least[r] = scaled > least[r] ? scaled : least[r];
-      }
+      const C* dot = k ? ar : tables.start;
+      if (padded == L)
+        step_row<C, T, 1>(f, dot, k, tags, padded, real, ar, ur, exponents, state[r]);
+      else
+        step_row<C, T, 0>(f, dot, k, tags, padded, real, ar, ur, exponents, state[r]);
     }
   }
 
@@ -309,15 +311,15 @@ static void forward_backward(
   for (int r = 0; r < rows; ++r) {
     const Row& row = group[r];
     const C* last = a + (row.length - 1) * stride + r * padded;
-    if (!out.flagged[r] && suspect[r] >= 0)
-      out.flagged[r] = lost_digits<T, C>(args, row, a + r * padded, stride, suspect[r], least[r], reached);
+    out.flagged[r] = state[r].flagged ||
+                     (state[r].suspect >= 0 && underflowed<T, C>(args, row, a + r * padded, stride, state[r].suspect, reached));
     double total = 0, mass = 0;
     for (int64_t j = 0; j < tags; ++j) {
       mass += double(last[j]);
       total += double(last[j]) * double(tables.end[j]);
     }
     none[r] = mass == 0;
-    log_z[r] = power[r] * 0.69314718055994530942 + __builtin_log(total) + (row.length - 1) * tables.top + tables.start_top +
+    log_z[r] = state[r].power * 0.69314718055994530942 + __builtin_log(total) + (row.length - 1) * tables.top + tables.start_top +
                tables.end_top;
     if (none[r])
       log_z[r] = -__builtin_inf();

@@ -22,16 +22,17 @@ using Clock = std::chrono::steady_clock;
 
 double since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
-constexpr int STEPS = 8192;        // of each accumulator in one chunk: about 30 microseconds
-constexpr int ACCUMULATORS = 12;   // independent: latency 4 times 2 issues a cycle is hidden, and 16 registers hold them
+constexpr int STEPS = 8192;       // of each accumulator in one chunk: about 30 microseconds
+constexpr int ACCUMULATORS = 12;  // independent: latency 4 times 2 issues a cycle is hidden, and 16 registers hold them
 
+volatile float unknown_half = 0.5f;  // so that no compiler computes the outcome itself
 volatile float sink;
 
 // x = x * 0.5 + 0.5 stays at 1: no denormals, no infinities. Each chunk returns the multiply-adds it did.
 #define PYSEQ_FMA_CHUNK(NAME, VECTOR, WIDTH, SET, STEP, STORE)               \
     double NAME() {                                                          \
         VECTOR acc[ACCUMULATORS];                                            \
-        const VECTOR half = SET(0.5f);                                       \
+        const VECTOR half = SET(unknown_half);                               \
         for (auto& x : acc) x = SET(1.0f);                                   \
         for (int step = 0; step < STEPS; ++step) {                           \
             _Pragma("GCC unroll 16") for (auto& x : acc) x = STEP(x, half);  \
@@ -58,9 +59,10 @@ PYSEQ_FMA_CHUNK(chunk_sse2, __m128, 4, _mm_set1_ps, PYSEQ_STEP_128, _mm_storeu_p
 double chunk_plain() {
     constexpr int LANES = 16 * ACCUMULATORS;
     float acc[LANES];
+    const float half = unknown_half;
     std::fill_n(acc, LANES, 1.0f);
     for (int step = 0; step < STEPS / 16; ++step) {
-        for (float& x : acc) x = x * 0.5f + 0.5f;
+        for (float& x : acc) x = x * half + half;
     }
     for (float x : acc) sink = x;
     return double(STEPS / 16) * LANES;
@@ -132,7 +134,7 @@ double fma_peak(int threads, double seconds) {
 double copy_bandwidth(int threads, double seconds) {
     static std::mutex busy;
     static const std::size_t lines = buffer_bytes() / LINE;
-    static const std::unique_ptr<Line[]> from(new Line[lines]()), to(new Line[lines]());  // kept: faulting pages in is slow
+    static const std::unique_ptr<Line[]> from(new Line[lines]()), to(new Line[lines]());  // kept: page faults are slow
     const std::lock_guard<std::mutex> lock(busy);
     threads = std::max(threads, 1);
     double rate = 0;  // of the threads together

@@ -145,21 +145,10 @@ PYSEQ_INLINE void exp_split(Vec<double> x, Vec<double>& p, IVec<double>& n) {
   p = q * (r * r) + r + 1.0;
 }
 
-// p * 2^n, 0 where that is below the normal numbers.
-template <class C> PYSEQ_INLINE Vec<C> scale_by_power(Vec<C> p, IVec<C> n) {
-  const Vec<C> scaled = (Vec<C>)((IVec<C>)p + (n << Simd<C>::mantissa));
-  return n > 1 - Simd<C>::bias + 1 ? scaled : Vec<C>{};
-}
-
-// 2^-e and e for x = m * 2^e, x > 0 and normal.
-template <class C> PYSEQ_INLINE C inverse_power(C x, int64_t& exponent) {
-  typename Simd<C>::Int bits;
-  memcpy(&bits, &x, sizeof bits);
-  exponent = (bits >> Simd<C>::mantissa) - Simd<C>::bias;
-  bits = (Simd<C>::bias - exponent) << Simd<C>::mantissa;
-  C out;
-  memcpy(&out, &bits, sizeof out);
-  return out;
+// x * 2^n for x >= 0, 0 where that is below the normal numbers; the result must not overflow.
+template <class C> PYSEQ_INLINE Vec<C> scale_by_power(Vec<C> x, IVec<C> n) {
+  const IVec<C> exponent = ((IVec<C>)x >> Simd<C>::mantissa) + n;
+  return exponent > 0 ? (Vec<C>)((IVec<C>)x + (n << Simd<C>::mantissa)) : Vec<C>{};
 }
 
 }  // namespace
