@@ -187,7 +187,7 @@ int64_t panel_width(int64_t left, int lanes, int panel) {
   return left >= panel * lanes ? panel * lanes : panel == 3 && left == 2 * lanes ? 2 * lanes : lanes;
 }
 
-// exp of the parameters, less their maxima, laid out for one level. False where some finite one underflows in C.
+// exp of the parameters, less their maxima, laid out for one level. Not usable where one is NaN or +inf.
 template <class C, class T> struct Tables {
   ChainTables<C> view;
   Block block;
@@ -207,14 +207,14 @@ template <class C, class T> struct Tables {
       const int64_t step = panel_width(padded - j0, lanes, panel);
       for (int64_t i = 0; i < tags; ++i)
         for (int64_t j = j0; j < std::min(j0 + step, tags); ++j) {
-          forward[j0 * tags + i * step + j - j0] = scaled(args.transitions[i * tags + j], view.top, true);
-          backward[j0 * tags + i * step + j - j0] = scaled(args.transitions[j * tags + i], view.top, true);
+          forward[j0 * tags + i * step + j - j0] = scaled(args.transitions[i * tags + j], view.top);
+          backward[j0 * tags + i * step + j - j0] = scaled(args.transitions[j * tags + i], view.top);
         }
       j0 += step;
     }
     for (int64_t j = 0; j < tags; ++j) {
-      start[j] = args.start ? scaled(args.start[j], view.start_top, false) : C(1);
-      end[j] = args.end ? scaled(args.end[j], view.end_top, false) : C(1);
+      start[j] = args.start ? scaled(args.start[j], view.start_top) : C(1);
+      end[j] = args.end ? scaled(args.end[j], view.end_top) : C(1);
     }
   }
 
@@ -227,10 +227,9 @@ template <class C, class T> struct Tables {
     for (int64_t i = 0; i < size; ++i) top = x[i] > top ? x[i] : top;
     return std::isfinite(top) ? double(top) : 0.0;
   }
-  C scaled(T x, double top, bool wide) {
+  C scaled(T x, double top) {
     const double w = std::exp(double(x) - top);
-    const double least = sizeof(C) == 4 ? 0x1p-90 : 0x1p-900;
-    usable &= x == -std::numeric_limits<T>::infinity() || (w <= 1.0 && (!wide || w >= least));
+    usable &= w <= 1.0;
     return C(w);
   }
 };

@@ -17,8 +17,12 @@ using pyseq::Row;
 
 // A reachable state below kTiny, where the step's largest is about 1, may have lost digits to underflow.
 template <class C> constexpr C kTiny = 0;
-template <> constexpr float kTiny<float> = 0x1p-90f;
+template <> constexpr float kTiny<float> = 0x1p-70f;
 template <> constexpr double kTiny<double> = 0x1p-900;
+// A state that holds 0 hides at most 2^(2 - bias); while that stays below 2^kHidden no other state can notice.
+template <class C> constexpr int kHidden = 0;
+template <> constexpr int kHidden<float> = -110;
+template <> constexpr int kHidden<double> = -970;
 
 // Sums are taken over kChunk terms, then kSuper / kChunk chunks, then the rest: fewer roundings in a row.
 constexpr int64_t kChunk = 12, kSuper = 96;
@@ -189,7 +193,8 @@ static void add_counts(const C* a, const C* w, int64_t steps, int64_t tags, int6
 // [1, 2). `dot` is the product with the step before and may be `a` itself. NV is the number of vectors, 0 if not fixed.
 struct StepState {
   int64_t power;    // sum of the shifts
-  int64_t suspect;  // last step at which a possible state held 0
+  int64_t suspect;  // last step at which a possible state held 0 and may have hidden too much
+  int64_t hidden;   // log2 of what a possible state that holds 0 may hide
   bool flagged;     // a state lost digits, or a score is NaN, +inf or out of range
 };
 template <class C, class In, int NV>
@@ -201,7 +206,7 @@ PYSEQ_INLINE void step_row(
   const int64_t vectors = NV ? NV : padded / L;
   const Vec<C> range = splat(kExpRange<C>), tiny = splat(kTiny<C>);
   const IVec<C> none = IVec<C>{} - Int(1 << 22);
-  IVec<C> top = none, bad = {}, zero = {}, n;
+  IVec<C> top = none, bad = {}, hiding = none, n;
   Vec<C> x, p, mass;
   for (int64_t v = 0; v < vectors; ++v) {
     load_some(x, f + v * L, int(tags - v * L < L ? tags - v * L : L));
@@ -211,8 +216,9 @@ PYSEQ_INLINE void step_row(
     const IVec<C> held = (IVec<C>)(before > C(0));
     bad |= ~fine & (IVec<C>)(x != -C(__builtin_inf()));
     bad |= possible & held & (IVec<C>)(before < tiny);
-    zero |= possible & ~held;
     exp_split(fine ? x : Vec<C>{}, p, n);
+    const IVec<C> unheld = possible & ~held ? n : none;
+    hiding = unheld > hiding ? unheld : hiding;
     const IVec<C> live = fine & held;  // the others get a = u = 0: no path goes through them
     mass = live ? before * p : Vec<C>{};
     n = live ? n : none;
@@ -232,7 +238,13 @@ PYSEQ_INLINE void step_row(
   }
   state.power += shift;
   state.flagged |= any(bad);
-  state.suspect = any(zero) ? k : state.suspect;
+  if (any((IVec<C>)(hiding > none))) {
+    constexpr int least = 2 - Simd<C>::bias;
+    state.hidden = (state.hidden > least ? state.hidden : least) + max_lane(hiding) - shift + (65 - __builtin_clzll(tags));
+    state.suspect = state.hidden > kHidden<C> ? k : state.suspect;
+  } else {
+    state.hidden = -(1 << 22);
+  }
 }
 
 // Whether a state that some path reaches holds 0 at a step up to `last`, as only unreachable states should.
@@ -287,7 +299,7 @@ static void forward_backward(
   double log_z[kGroupRows];
   C weight[kGroupRows];
   for (int r = 0; r < rows; ++r) {
-    state[r] = {0, -1, false};
+    state[r] = {0, -1, -(1 << 22), false};
     weight[r] = args.weights ? C(args.weights[group[r].index]) : C(1);
   }
 

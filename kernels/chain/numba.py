@@ -21,7 +21,8 @@ _JIT: dict[str, Any] = {
 }
 _INF = np.inf
 _LANES = 8  # tags are padded to whole vectors
-_TINY = 1e-200  # a reachable state below this, relative to the step before, may have lost digits to underflow
+_TINY = 1e-200  # a state below this, relative to the step before, may have lost digits to underflow
+_SMALLEST, _HIDDEN = -700.0, -600.0  # log of what a state that holds 0 may hide, and of what no state would notice
 _MAGIC = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
 
 
@@ -89,11 +90,11 @@ def _gold_counts(tags, steps, n, weight, g_em, counts, g_start, g_end):
 
 
 @njit(**_JIT)
-def _underflowed(a, least, f, transitions, start, steps, n, num_tags):
-    """Whether a state that some path reaches holds less than `least`; unreachable states rightly hold 0."""
+def _underflowed(a, f, transitions, start, steps, last, num_tags):
+    """Whether a state that some path reaches holds 0 at a step up to `last`, as only unreachable states should."""
     reached = np.empty(num_tags, np.bool_)
     before = np.empty(num_tags, np.bool_)
-    for k in range(n):
+    for k in range(last + 1):
         for j in range(num_tags):
             if k == 0:
                 possible = start[j] > -_INF
@@ -102,7 +103,7 @@ def _underflowed(a, least, f, transitions, start, steps, n, num_tags):
                 for i in range(num_tags):
                     possible |= before[i] and transitions[i, j] > -_INF
             reached[j] = possible and f[steps[k], j] > -_INF
-            if reached[j] and not a[k, j] >= least:
+            if reached[j] and not a[k, j] > 0.0:
                 return True
         before[:] = reached
     return False
@@ -112,8 +113,8 @@ def _underflowed(a, least, f, transitions, start, steps, n, num_tags):
 def _forward(f, weights_out, start, steps, n, num_tags, a, u):
     """Fill a (n, P) with scaled forward vectors and u (n, P) so that a[k] = (a[k-1] @ E) * u[k].
 
-    Returns the sum of the logs of the scales, without the n - 1 maxima of the transitions, whether every state surely
-    kept its digits, and the least scaled value at which a state did.
+    Returns the sum of the logs of the scales, without the n - 1 maxima of the transitions; whether no state fell below
+    _TINY but to 0; and the last step at which a state that holds 0 may hide too much, or -1.
     """
     padded = a.shape[1]
     for k in range(n):
@@ -134,9 +135,11 @@ def _forward(f, weights_out, start, steps, n, num_tags, a, u):
         flat[x] = _exp(flat[x])
     log_scale = 0.0
     clean = True
-    least = _TINY
+    suspect = -1
+    hidden = -_INF
     for k in range(n):
-        log_scale += a[k, 0]
+        shift = a[k, 0]
+        log_scale += shift
         if k == 0:
             a[0] = u[0]
         else:
@@ -153,14 +156,21 @@ def _forward(f, weights_out, start, steps, n, num_tags, a, u):
             top = max(top, a[k, j])
             low = min(low, a[k, j])
         scale = 1.0 / top if top > 0.0 else 1.0
+        gain = -_INF  # of what a state that holds 0 may hide
         if not low >= _TINY:
-            clean = False
-            least = max(least, _TINY * scale)
+            row = f[steps[k]]
+            for j in range(num_tags):
+                if a[k, j] == 0.0:
+                    gain = max(gain, np.float64(row[j]) - shift + math.log(num_tags * scale))
+                elif not a[k, j] >= _TINY:
+                    clean = False
+        hidden = max(hidden, _SMALLEST) + gain
+        suspect = k if hidden > _HIDDEN else suspect
         log_scale -= math.log(scale)
         for j in range(padded):
             a[k, j] *= scale
             u[k, j] *= scale
-    return log_scale, clean, least
+    return log_scale, clean, suspect
 
 
 @njit(**_JIT)
@@ -291,13 +301,13 @@ def _crf(
         for j in range(num_tags):
             top = max(top, np.float64(transitions[i, j]))
     top = top if abs(top) < _INF else 0.0
-    narrow = True  # no finite transition underflows
+    usable = True  # no transition is NaN or +inf
     weights_out = np.zeros((num_tags, padded))
     weights_in = np.zeros((num_tags, padded))
     for i in range(num_tags):
         for j in range(num_tags):
             w = math.exp(np.float64(transitions[i, j]) - top)
-            narrow &= (w >= _TINY and w <= 1.0) or transitions[i, j] == -_INF
+            usable &= w <= 1.0
             weights_out[i, j] = w
             weights_in[j, i] = w
     end_top = -_INF
@@ -340,11 +350,11 @@ def _crf(
             value[b] = _INF
             continue
 
-        slow = not narrow
+        slow = not usable
         log_z = 0.0
         if not slow:
-            log_scale, clean, least = _forward(f, weights_out, start, steps, n, num_tags, a, u)
-            slow = not clean and _underflowed(a, least, f, transitions, start, steps, n, num_tags)
+            log_scale, clean, suspect = _forward(f, weights_out, start, steps, n, num_tags, a, u)
+            slow = not clean or _underflowed(a, f, transitions, start, steps, suspect, num_tags)
             total = 0.0
             for j in range(num_tags):
                 total += a[n - 1, j] * end_weights[j]
