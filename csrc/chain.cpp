@@ -336,9 +336,19 @@ template <class T> int chain_crf(const ChainArgs<T>& args) {
   if (!todo.empty()) todo = sweep<T>(chain, level, level.narrow, level.lanes_narrow, todo, kFast, counts, first, last);
   if (sizeof(T) == 4 && !todo.empty())
     todo = sweep<double>(chain, level, level.wide, level.lanes_wide, todo, kWide, counts, first, last);
-  for (const Row& row : todo) {
-    chain.sweep_in_logs(row, counts, first, last);
-    if (args.paths) args.paths[row.index] = kLog;
+  const int64_t left = todo.size();
+#pragma omp parallel num_threads(args.threads) if (left > 1 && args.threads > 1)
+  {
+    std::vector<double> own(sums.size());  // added in the order of the rows, whatever the threads
+    double *own_first = own.data() + tags * tags, *own_last = own_first + tags;
+#pragma omp for ordered schedule(static, 1)
+    for (int64_t i = 0; i < left; ++i) {
+      std::fill(own.begin(), own.end(), 0.0);
+      chain.sweep_in_logs(todo[i], own.data(), own_first, own_last);
+      if (args.paths) args.paths[todo[i].index] = kLog;
+#pragma omp ordered
+      for (size_t x = 0; x < own.size(); ++x) sums[x] += own[x];
+    }
   }
   if (args.grads()) {
     for (int64_t x = 0; x < tags * tags; ++x) args.grad_transitions[x] = T(counts[x]);
