@@ -12,7 +12,6 @@ they are: 江 and 泽民 are two words of one entity. Adjacent places (`意大�
 apart. This copy has lost the brackets of the original's compounds: a broadcaster is here the four plain words
 `中央/n 人民/n 广播/vn 电台/n`, so nt covers single-word organisations only.
 """
-# ruff: noqa: RUF001 (Chinese punctuation is meant)
 
 import importlib.util
 import re

@@ -1,0 +1,205 @@
+"""What the machine can do and what a call may use: FMA peak, copy bandwidth, memory, caps, the machine's name."""
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import importlib.metadata
+import itertools
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+CACHE_LINES = 1 << 24  # floats in each buffer of torch's copy: 64 MiB
+STATUS = Path("/proc/self/status")
+
+
+def fma_peak(device: str, seconds: float) -> float:
+    """float32 multiply-adds per second, at torch's number of threads."""
+    compiled = _compiled()
+    if device == "cpu" and compiled is not None:
+        return float(compiled.fma_peak(torch.get_num_threads(), seconds))
+    size = 512 if device == "cpu" else 4096
+    a, b = torch.ones(2, size, size, device=device)
+    return size**3 / _fastest(lambda: a @ b, device, seconds)
+
+
+def copy_bandwidth(device: str, seconds: float) -> float:
+    """Bytes read plus written per second between buffers past the last-level cache."""
+    compiled = _compiled()
+    if device == "cpu" and compiled is not None:
+        return float(compiled.copy_bandwidth(torch.get_num_threads(), seconds))
+    a, b = _buffers(device)
+    return 2 * a.nbytes / _fastest(lambda: b.copy_(a), device, seconds)
+
+
+def limit_source(device: str) -> str:
+    return "pyseq._C" if device == "cpu" and _compiled() is not None else "torch sgemm and copy_"
+
+
+@cache
+def _compiled() -> Any:
+    try:
+        return importlib.import_module("pyseq._C")
+    except ImportError:
+        return None
+
+
+@cache
+def _buffers(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    lines = CACHE_LINES if device == "cpu" else 16 * CACHE_LINES
+    return torch.zeros(lines, device=device), torch.ones(lines, device=device)
+
+
+def _fastest(call: Callable[[], Any], device: str, seconds: float) -> float:
+    call()
+    return min(time_block(call, device, seconds))
+
+
+def time_block(call: Callable[[], Any], device: str, seconds: float) -> list[float]:
+    """Seconds of each call, repeated for at least `seconds`; between events on the GPU, with the host running ahead."""
+    begin = time.perf_counter()
+    if device == "cpu":
+        times: list[float] = []
+        now = begin
+        while not times or now - begin < seconds:
+            before = time.perf_counter()
+            call()
+            now = time.perf_counter()
+            times.append(now - before)
+        return times
+    events = [torch.cuda.Event(enable_timing=True)]
+    events[0].record()
+    while len(events) == 1 or time.perf_counter() - begin < seconds:
+        call()
+        events.append(torch.cuda.Event(enable_timing=True))
+        events[-1].record()
+        if len(events) % 64 == 0:  # else a fast launcher queues far more than `seconds` of work
+            events[-1].synchronize()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def peak_memory(call: Callable[[], Any], device: str) -> tuple[int | None, str]:
+    """Bytes that one call needs at its height beyond what was there before, its results included; and how measured.
+
+    On Linux the growth of the resident set to its high-water mark, reset before the call, after free heap pages were
+    given back to the system: it sees every allocator (torch, C++, NumPy), to about 0.3 MB. On CUDA torch's own counter.
+    """
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, "max_memory_allocated"
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present
+    except (OSError, AttributeError):
+        call()
+        return None, "not measured: needs Linux with glibc"
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before), "resident set high-water mark"
+
+
+def _status(field: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+@contextlib.contextmanager
+def caps(seconds: float, memory: int, device: str) -> Iterator[None]:
+    """Raise TimeoutError past `seconds`; let allocations past `memory` bytes more than now fail.
+
+    The alarm is heard when Python runs again, so a single long C call ends late. Memory is capped for the CPU on Linux.
+    """
+
+    def late(signum: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"over {seconds:g} s a call")
+
+    alarmed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if STATUS.exists() and device == "cpu":
+        ceiling = _status("VmSize") + memory
+        resource.setrlimit(resource.RLIMIT_AS, (ceiling if hard < 0 else min(ceiling, hard), hard))
+    previous = signal.signal(signal.SIGALRM, late) if alarmed else None
+    if alarmed:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if alarmed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+
+
+def version(package: str) -> str:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
+        return importlib.metadata.version(package)
+    return ""
+
+
+def machine(device: str) -> dict[str, str]:
+    """The columns that say where and with what a row was measured."""
+    cpus = f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPUs"
+    return {
+        "machine": torch.cuda.get_device_name() if device == "cuda" else f"{_cpu_model()}, {cpus}",
+        "isa": f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
+        if device == "cuda"
+        else torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "numba": version("numba"),
+        "commit": _commit(),
+        "load": f"{os.getloadavg()[0]:.1f}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_model() -> str:
+    fields: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    family = f" (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else ""
+    return name + family
+
+
+@cache
+def _commit() -> str:
+    """Short hash, with a plus where a tracked source differs from it."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--", "pyseq", "kernels", "csrc", "bench/*.py").strip()
+        return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        print("no git commit to name in the results", file=sys.stderr)
+        return ""

@@ -1,0 +1,300 @@
+"""What a room declares (Room and its parts) and how it is measured (run): verify every provider, then time them
+interleaved.
+
+A row's speed-up is the geometric mean, over the rounds that both ran in, of the baseline's median over the provider's
+within one round; its interval is Student's at 95 % over the rounds' logarithms.
+"""
+
+import gc
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from _limits import caps, copy_bandwidth, fma_peak, limit_source, machine, peak_memory, synchronize, time_block, version
+from _report import Row
+from torch import Tensor
+
+Tensors = dict[str, Tensor]  # inputs, and what is compared of outputs
+Call = Callable[[], Any]
+BLOCK = 0.02  # seconds of repeats in a round
+BAND = torch.finfo(torch.float32).eps  # one rounding
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # by degrees of freedom; the last serves beyond
+
+
+class Unavailable(Exception):
+    """Raised by a provider's setup: it cannot serve here, and why."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A size taken from real use; `quick` ones also run under --quick."""
+
+    name: str
+    sizes: dict[str, int]
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call has to do at least: units for throughput, float32 multiply-adds and bytes for the limits."""
+
+    units: float
+    fmas: float
+    bytes: float
+
+
+def _same(inputs: Tensors, result: Any) -> Tensors:
+    return result  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One thing to compute.
+
+    oracle: float64 inputs -> the outputs that every provider is compared with.
+    plain: float32 inputs -> a result from plain torch, read by view; every provider's budget is twice its error and one
+    rounding. Outputs whose names share their first word ("grad emissions", "grad start") share the largest of their
+    budgets.
+    work: inputs -> Work. view: (float64 inputs, a provider's result) -> outputs named as the oracle's.
+    """
+
+    name: str
+    oracle: Callable[[Tensors], Tensors]
+    plain: Callable[[Tensors], Any]
+    work: Callable[[Tensors], Work]
+    view: Callable[[Tensors, Any], Tensors] = _same
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Somebody who computes.
+
+    setups: mode -> setup; a setup takes the inputs and returns a call without arguments whose result `Mode.view` reads.
+    package: the distribution whose version the row names. yardstick: the mode it computes instead, against whose oracle
+    it is checked; its time is shown for scale.
+    """
+
+    name: str
+    package: str
+    setups: dict[str, Callable[[Tensors], Call]]
+    ours: bool = False
+    yardstick: Mode | None = None
+
+
+@dataclass(frozen=True)
+class Room:
+    """workloads x modes, by whom, in which unit, against whom; and the fairest objection to its table."""
+
+    workloads: Sequence[Workload]
+    inputs: Callable[[Workload, str], Tensors]  # workload, device -> tensors, the same ones every time
+    modes: Sequence[Mode]
+    providers: Sequence[Provider]
+    unit: str
+    baseline: str
+    objection: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much time a run may take. rounds: of the interleaving; seconds: of one provider's repeats in a case;
+    call_seconds, memory: what one call may take before it counts as not finished."""
+
+    rounds: int = 12
+    seconds: float = 5.0
+    call_seconds: float = 30.0
+    memory: int = 8 << 30
+
+
+QUICK = Plan(rounds=6, seconds=1.5, call_seconds=5.0, memory=4 << 30)
+
+
+def deviation(found: Tensors, truth: Tensors) -> dict[str, tuple[float, float]]:
+    """Of each output: largest error over largest magnitude, and norm of error over norm; inf where NaN or misshapen.
+
+    A scalar stands for the sum of the oracle's values and may err as the worst of them.
+    """
+    out = {}
+    for name, expected in truth.items():
+        got = found[name].detach().to(expected.device, torch.float64)
+        expected = expected.detach().double()
+        if got.dim() == 0 and expected.dim() == 1:
+            expected = expected.sum()
+        if got.shape != expected.shape:
+            out[name] = (math.inf, math.inf)
+            continue
+        error = got - expected
+        pairs = (error.abs().max(), expected.abs().max()), (error.norm(), expected.norm())
+        worst, norm = (float(a / b) if b > 0 else float(a) for a, b in pairs)
+        out[name] = (math.inf, math.inf) if math.isnan(norm) else (worst, norm)
+    return out
+
+
+@dataclass(frozen=True)
+class Check:
+    """A mode's float64 truth on these inputs, and the error of float32 plain torch."""
+
+    mode: Mode
+    inputs: Tensors
+    truth: Tensors
+    plain: dict[str, tuple[float, float]]
+
+    @classmethod
+    def of(cls, mode: Mode, inputs: Tensors) -> "Check":
+        wide = {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
+        truth = mode.oracle(wide)
+        return cls(mode, wide, truth, deviation(mode.view(wide, mode.plain(inputs)), truth))
+
+    def __call__(self, result: Any) -> tuple[str, float, float]:
+        """Status, the largest error over largest magnitude, and the budget of that output."""
+        largest, wrong = (-1.0, BAND), []
+        for name, errors in deviation(self.mode.view(self.inputs, result), self.truth).items():
+            kin = [self.plain[other] for other in self.plain if other.split()[0] == name.split()[0]]
+            budgets = [2 * max(plain) + BAND for plain in zip(*kin, strict=True)]
+            largest = max(largest, (errors[0], budgets[0]))
+            for error, budget in zip(errors, budgets, strict=True):
+                if error > budget:
+                    wrong.append(f"{name} off by {error:.1e}, budget {budget:.1e}")
+        return f"wrong: {wrong[0]}" if wrong else "ok", *largest
+
+
+def interval(logs: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Geometric mean and its 95 % interval; none from a single round."""
+    mean = statistics.fmean(logs)
+    if len(logs) < 2:
+        return math.exp(mean), None, None
+    half = T95[min(len(logs) - 1, len(T95)) - 1] * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+
+
+@dataclass
+class Contender:
+    """A provider that passed its check: the call, what one takes, and the times of each round."""
+
+    call: Call
+    estimate: float
+    baseline: bool
+    times: dict[int, list[float]] = field(default_factory=dict)
+
+    def every(self, plan: Plan) -> int:
+        """In each, second or fourth round, or in the last alone, so that slow ones meet in the same rounds."""
+        if self.estimate > plan.seconds and not self.baseline:
+            return plan.rounds
+        afford = plan.seconds / (2 * max(self.estimate, BLOCK))  # rounds, of which three at least
+        return next((step for step in (1, 2, 4) if plan.rounds / step <= max(afford, 3)), plan.rounds // 3)
+
+    def run_round(self, index: int, device: str) -> None:
+        """One untimed call, where that is not dear, then the block."""
+        if self.estimate < 1:
+            self.call()
+        synchronize(device)
+        gc.collect()
+        gc.disable()
+        try:
+            self.times[index] = time_block(self.call, device, BLOCK)
+        finally:
+            gc.enable()
+
+
+def admit(provider: Provider, check: Check, inputs: Tensors, plan: Plan, row: Row) -> tuple[Row, Contender | None]:
+    """Set up, call once, check, measure memory; a contender only if right."""
+
+    def fresh() -> Call:
+        return provider.setups[row.mode]({name: x.clone() for name, x in inputs.items()})
+
+    patience = 10 if provider.ours or provider.name == row.baseline else 1  # ours may compile; no baseline, no ratios
+    try:
+        with caps(plan.call_seconds * patience, plan.memory, row.device):
+            call = fresh()
+            result = call()
+            synchronize(row.device)
+        status, error, budget = check(result)
+        del result
+        row = replace(row, status=status, error=error, budget=budget)
+        if status != "ok":
+            return row, None
+        estimate: list[float] = []
+        other = fresh()  # one that holds no gradients yet
+        memory, method = peak_memory(lambda: estimate.extend(time_block(other, row.device, 0)), row.device)
+        row = replace(row, memory=memory, memory_method=method)
+        return row, Contender(call, estimate[0], row.provider == row.baseline)
+    except (Unavailable, ImportError) as error:
+        return replace(row, status=f"unavailable: {error}"), None
+    except (TimeoutError, MemoryError, torch.OutOfMemoryError) as error:
+        return replace(row, status=f"did not finish: {str(error) or 'out of memory'}"), None
+    except Exception as error:
+        if "allocate" in str(error):  # torch's CPU allocator raises a bare RuntimeError
+            return replace(row, status=f"did not finish: over {plan.memory >> 30} GiB"), None
+        return replace(row, status=f"raised {type(error).__name__}: {error}"), None
+
+
+def run_case(
+    name: str, room: Room, workload: Workload, mode: Mode, device: str, plan: Plan, tick: Callable[[str], None]
+) -> list[Row]:
+    """Rows of one workload and mode; `tick(what)` is called once a provider and once a round."""
+    inputs = room.inputs(workload, device)
+    check = Check.of(mode, inputs)
+    blank = Row(name, workload.name, shown(workload.sizes), mode.name, "", "", device, unit=room.unit)
+    blank = replace(blank, baseline=room.baseline, where=machine(device))
+    rows: dict[str, Row] = {}
+    contenders: dict[str, Contender] = {}
+    for provider in room.providers:
+        tick(provider.name)
+        if mode.name not in provider.setups:
+            continue
+        row = replace(blank, provider=provider.name, version=version(provider.package), ours=provider.ours)
+        own = check if provider.yardstick is None else Check.of(provider.yardstick, inputs)
+        rows[provider.name], contender = admit(provider, own, inputs, plan, row)
+        if contender is not None:
+            contenders[provider.name] = contender
+    peaks = interleave(contenders, device, plan, tick)
+    work = mode.work(inputs)
+    yardsticks = {provider.name for provider in room.providers if provider.yardstick is not None}
+    for who, contender in contenders.items():
+        row = timed_row(rows[who], contender, contenders.get(room.baseline), work.units)
+        rows[who] = row if who in yardsticks else limited_row(row, work, *peaks, source=limit_source(device))
+    return list(rows.values())
+
+
+def interleave(
+    contenders: dict[str, Contender], device: str, plan: Plan, tick: Callable[[str], None]
+) -> tuple[float, float]:
+    """Fill in the times; returns the limits, each the best of its rounds."""
+    peaks = [fma_peak(device, BLOCK)], [copy_bandwidth(device, BLOCK)]
+    names = list(contenders)
+    for index in range(plan.rounds):
+        tick(f"round {index + 1} of {plan.rounds}")
+        shift = index % max(len(names), 1)
+        for who in names[shift:] + names[:shift]:
+            if (index + 1) % contenders[who].every(plan) == 0:
+                contenders[who].run_round(index, device)
+        peaks[0].append(fma_peak(device, BLOCK))
+        peaks[1].append(copy_bandwidth(device, BLOCK))
+    return max(peaks[0]), max(peaks[1])
+
+
+def timed_row(row: Row, contender: Contender, baseline: Contender | None, units: float) -> Row:
+    times = [t for block in contender.times.values() for t in block]
+    q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    row = replace(row, median=median, q1=q1, q3=q3, throughput=units / median)
+    row = replace(row, n=len(times), rounds=len(contender.times))
+    if baseline is None:
+        return row
+    shared = contender.times.keys() & baseline.times.keys()
+    logs = [math.log(statistics.median(baseline.times[r]) / statistics.median(contender.times[r])) for r in shared]
+    ratio, low, high = interval(logs)
+    return replace(row, ratio=ratio, ratio_low=low, ratio_high=high)
+
+
+def limited_row(row: Row, work: Work, fma: float, copy: float, source: str) -> Row:
+    assert row.median is not None
+    at_fma, at_copy = work.fmas / fma, work.bytes / copy
+    nearest, least = ("fma", at_fma) if at_fma >= at_copy else ("copy", at_copy)
+    row = replace(row, limit=nearest, of_limit=least / row.median, units_at_limit=work.units / least)
+    return replace(row, fma_per_s=fma, copy_bytes_per_s=copy, limit_source=source)
+
+
+def shown(sizes: dict[str, int]) -> str:
+    return " ".join(f"{name}={size}" for name, size in sizes.items())
