@@ -224,9 +224,8 @@ def _choose(chain: Chain, backend: str) -> tuple[str, bool]:
     """The backend, and whether its kernels raise on tags and lengths out of range rather than clamp."""
     emissions = chain[0]
     chosen = CHAIN.choose(backend, emissions)
-    on_cpu = emissions.device.type == "cpu"
-    check = (on_cpu and not torch.compiler.is_compiling()) or checks_forced()
-    if check and (chosen == "reference" or not on_cpu):
+    check = _on_host(emissions) or checks_forced()
+    if check and (chosen == "reference" or emissions.device.type != "cpu"):
         _raise_bad_values(*chain)
     return chosen, check
 
@@ -349,8 +348,12 @@ def _uniform(upstream: Tensor) -> bool:
     """Whether all sequences have one gradient weight, as far as the host can tell without waiting for a device."""
     if upstream.stride(0) == 0:  # what .sum() sends back
         return True
-    on_host = upstream.device.type == "cpu" and not torch.compiler.is_compiling()
-    return on_host and torch.equal(upstream, upstream[:1].expand_as(upstream))  # what .mean() sends back
+    return _on_host(upstream) and torch.equal(upstream, upstream[:1].expand_as(upstream))  # what .mean() sends back
+
+
+def _on_host(x: Tensor) -> bool:
+    """Whether Python may look at values."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _needs_grad(chain: Chain) -> bool:
@@ -374,7 +377,8 @@ class _Value(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             return (*_reference_grad(ctx, _reference(ctx.options[0], chain), chain, upstream), *[None] * 6)
         if upstream.numel() and _uniform(upstream):
-            grads = torch._foreach_mul(grads, upstream[0])
+            if not (_on_host(upstream) and upstream[0].item() == 1.0):
+                grads = torch._foreach_mul(grads, upstream[0])
         elif upstream.numel():
             _, *grads = _sweep(*chain, upstream, *ctx.options)
         return (*(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6)
