@@ -130,21 +130,26 @@ template <class T> struct Chain {
     last[label(row, row.length - 1)] += factor;
   }
 
-  // Forward-backward in the log domain, the maximum taken for each destination: nothing underflows.
+  // Forward-backward in the log domain, the maximum taken for each destination: nothing underflows. Every step is brought
+  // to a maximum of 0 and its posterior normalised alone, so that rounding does not grow with the scores.
   void sweep_in_logs(const Row& row, double* counts, double* first, double* last) const {
     const int64_t n = row.length, tags = args.tags;
     std::vector<double> alpha(n * tags), beta(tags), before(tags), terms(tags);
-    for (int64_t k = 0; k < n; ++k)
+    double offset = 0;
+    for (int64_t k = 0; k < n; ++k) {
+      double* now = &alpha[k * tags];
       for (int64_t j = 0; j < tags; ++j) {
         double from = start(j);
         if (k) {
-          for (int64_t i = 0; i < tags; ++i) terms[i] = alpha[(k - 1) * tags + i] + transition(i, j);
+          for (int64_t i = 0; i < tags; ++i) terms[i] = now[i - tags] + transition(i, j);
           from = log_sum(terms);
         }
-        alpha[k * tags + j] = from + double(emission(row, k)[j]);
+        now[j] = from + double(emission(row, k)[j]);
       }
+      offset += bring_to_zero(now, tags);
+    }
     for (int64_t j = 0; j < tags; ++j) terms[j] = alpha[(n - 1) * tags + j] + end(j);
-    const double log_z = log_sum(terms), nll = log_z - row.score;
+    const double log_z = offset + log_sum(terms), nll = log_z - row.score;
     args.value[row.index] = T(args.kind == kPartition ? log_z : nll < 0 ? 0.0 : nll);
     if (!args.grads()) return;
     const bool none = log_z == -kInf;
@@ -152,26 +157,39 @@ template <class T> struct Chain {
     for (int64_t j = 0; j < tags; ++j) beta[j] = end(j);
     for (int64_t k = n - 1; k >= 0; --k) {
       T* g = gradient(row, row.step(k));
-      const T* f = emission(row, k);
+      for (int64_t j = 0; j < tags; ++j) terms[j] = alpha[k * tags + j] + beta[j];
+      const double whole = log_sum(terms);
       for (int64_t j = 0; j < tags; ++j) {
-        const double share = none ? 0.0 : w * std::exp(alpha[k * tags + j] + beta[j] - log_z);
+        const double share = none ? 0.0 : w * std::exp(terms[j] - whole);
         g[j] = T(share - (args.kind == kNll && label(row, k) == j ? w : 0.0));
         if (k == 0) first[j] += share;
         if (k == n - 1) last[j] += share;
       }
       if (k == 0 || none) continue;
+      const T* f = emission(row, k);
+      const double* from = &alpha[(k - 1) * tags];
       for (int64_t i = 0; i < tags; ++i) {
-        for (int64_t j = 0; j < tags; ++j) {
-          terms[j] = transition(i, j) + double(f[j]) + beta[j];
-          counts[i * tags + j] += w * std::exp(alpha[(k - 1) * tags + i] + terms[j] - log_z);
-        }
+        for (int64_t j = 0; j < tags; ++j) terms[j] = transition(i, j) + double(f[j]) + beta[j];
         before[i] = log_sum(terms);
       }
+      for (int64_t i = 0; i < tags; ++i) terms[i] = from[i] + before[i];
+      const double pairs = log_sum(terms);
+      for (int64_t i = 0; i < tags; ++i)
+        for (int64_t j = 0; j < tags; ++j)
+          counts[i * tags + j] += w * std::exp((from[i] - pairs) + (transition(i, j) + double(f[j]) + beta[j]));
+      bring_to_zero(before.data(), tags);
       beta.swap(before);
     }
     if (args.kind == kNll) add_gold(row, -w, counts, first, last);
   }
 
+  // Subtracts the largest and returns it; 0 where there is none.
+  static double bring_to_zero(double* x, int64_t size) {
+    const double top = *std::max_element(x, x + size);
+    if (!std::isfinite(top)) return 0.0;
+    for (int64_t j = 0; j < size; ++j) x[j] -= top;
+    return top;
+  }
   static double log_sum(const std::vector<double>& terms) {
     double top = -kInf;
     for (const double x : terms) top = x > top || x != x ? x : top;

@@ -241,7 +241,7 @@ PYSEQ_INLINE void step_row(
   if (any((IVec<C>)(hiding > none))) {
     constexpr int least = 2 - Simd<C>::bias;
     state.hidden = (state.hidden > least ? state.hidden : least) + max_lane(hiding) - shift + (65 - __builtin_clzll(tags));
-    state.suspect = state.hidden > kHidden<C> ? k : state.suspect;
+    state.suspect = state.hidden > kHidden<C> || largest < -(1 << 21) ? k : state.suspect;
   } else {
     state.hidden = -(1 << 22);
   }

@@ -117,59 +117,54 @@ def _forward(f, weights_out, start, steps, n, num_tags, a, u):
     _TINY but to 0; and the last step at which a state that holds 0 may hide too much, or -1.
     """
     padded = a.shape[1]
-    for k in range(n):
-        row = f[steps[k]]
-        for j in range(num_tags):
-            u[k, j] = np.float64(row[j]) + (np.float64(start[j]) if k == 0 else 0.0)
-        top = -_INF
-        for j in range(num_tags):
-            top = max(top, u[k, j])
-        top = top if top > -_INF else 0.0
-        a[k, 0] = top
-        for j in range(num_tags):
-            u[k, j] -= top
-        for j in range(num_tags, padded):
-            u[k, j] = -_INF
-    flat = u[:n].reshape(n * padded)
-    for x in range(n * padded):
-        flat[x] = _exp(flat[x])
     log_scale = 0.0
     clean = True
     suspect = -1
     hidden = -_INF
     for k in range(n):
-        shift = a[k, 0]
-        log_scale += shift
+        now, step, row = a[k], u[k], f[steps[k]]
+        now[:] = 0.0
+        step[:] = 0.0
         if k == 0:
-            a[0] = u[0]
+            now[:num_tags] = 1.0
+            for j in range(num_tags):
+                step[j] = np.float64(row[j]) + np.float64(start[j])
         else:
-            a[k] = 0.0
             for i in range(num_tags):
                 mass = a[k - 1, i]
                 for j in range(padded):
-                    a[k, j] += mass * weights_out[i, j]
-            for j in range(padded):
-                a[k, j] *= u[k, j]
+                    now[j] += mass * weights_out[i, j]
+            for j in range(num_tags):
+                step[j] = np.float64(row[j])
+        shift = -_INF  # of the states that are held: another may have any score
+        for j in range(num_tags):
+            shift = max(shift, step[j] if now[j] > 0.0 else -_INF)
+        shift = shift if shift > -_INF else 0.0
+        log_scale += shift
+        for j in range(padded):
+            step[j] = _exp(step[j] - shift if now[j] > 0.0 else -_INF)
+        for j in range(padded):
+            now[j] *= step[j]
         top = 0.0
         low = _INF
         for j in range(num_tags):
-            top = max(top, a[k, j])
-            low = min(low, a[k, j])
+            top = max(top, now[j])
+            low = min(low, now[j])
         scale = 1.0 / top if top > 0.0 else 1.0
         gain = -_INF  # of what a state that holds 0 may hide
         if not low >= _TINY:
-            row = f[steps[k]]
             for j in range(num_tags):
-                if a[k, j] == 0.0:
+                if now[j] == 0.0:
+                    step[j] = 0.0  # no path goes through it; seen from the end it might grow without bound
                     gain = max(gain, np.float64(row[j]) - shift + math.log(num_tags * scale))
-                elif not a[k, j] >= _TINY:
+                elif not now[j] >= _TINY:
                     clean = False
         hidden = max(hidden, _SMALLEST) + gain
         suspect = k if hidden > _HIDDEN else suspect
         log_scale -= math.log(scale)
         for j in range(padded):
-            a[k, j] *= scale
-            u[k, j] *= scale
+            now[j] *= scale
+            step[j] *= scale
     return log_scale, clean, suspect
 
 
@@ -223,9 +218,20 @@ def _log_sum(terms):
 
 
 @njit(**_JIT)
+def _bring_to_zero(x):
+    """Subtract the largest and return it; 0 where there is none."""
+    top = x.max()
+    if not abs(top) < _INF:
+        return 0.0
+    x -= top
+    return top
+
+
+@njit(**_JIT)
 def _log_forward(f, transitions, start, end, steps, n, num_tags, alpha):
-    """log Z by the plain recursion, alpha (n, P) filled."""
+    """log Z by the plain recursion; alpha (n, P) filled, every step brought to a maximum of 0."""
     terms = np.empty(num_tags)
+    offset = 0.0
     for k in range(n):
         for j in range(num_tags):
             if k == 0:
@@ -234,22 +240,27 @@ def _log_forward(f, transitions, start, end, steps, n, num_tags, alpha):
             for i in range(num_tags):
                 terms[i] = alpha[k - 1, i] + np.float64(transitions[i, j])
             alpha[k, j] = np.float64(f[steps[k], j]) + _log_sum(terms)
+        offset += _bring_to_zero(alpha[k, :num_tags])
     for j in range(num_tags):
         terms[j] = alpha[n - 1, j] + np.float64(end[j])
-    return _log_sum(terms)
+    return offset + _log_sum(terms)
 
 
 @njit(**_JIT)
-def _log_backward(f, transitions, end, steps, n, num_tags, alpha, log_z, weight, g_em, pairs, g_start, g_end):
-    """Add the weighted expected counts by the plain recursion."""
+def _log_backward(f, transitions, end, steps, n, num_tags, alpha, weight, g_em, pairs, g_start, g_end):
+    """Add the weighted expected counts by the plain recursion, every step's posterior normalised alone."""
     beta = np.empty(num_tags)
     before = np.empty(num_tags)
     terms = np.empty(num_tags)
+    later = np.empty((num_tags, num_tags))
     for j in range(num_tags):
         beta[j] = np.float64(end[j])
     for k in range(n - 1, -1, -1):
         for j in range(num_tags):
-            share = weight * math.exp(alpha[k, j] + beta[j] - log_z)
+            terms[j] = alpha[k, j] + beta[j]
+        whole = _log_sum(terms)
+        for j in range(num_tags):
+            share = weight * math.exp(terms[j] - whole)
             g_em[steps[k], j] += share
             if k == n - 1:
                 g_end[j] += share
@@ -259,9 +270,15 @@ def _log_backward(f, transitions, end, steps, n, num_tags, alpha, log_z, weight,
             break
         for i in range(num_tags):
             for j in range(num_tags):
-                terms[j] = np.float64(transitions[i, j]) + np.float64(f[steps[k], j]) + beta[j]
-                pairs[i, j] += weight * math.exp(alpha[k - 1, i] + terms[j] - log_z)
-            before[i] = _log_sum(terms)
+                later[i, j] = np.float64(transitions[i, j]) + np.float64(f[steps[k], j]) + beta[j]
+            before[i] = _log_sum(later[i])
+        for i in range(num_tags):
+            terms[i] = alpha[k - 1, i] + before[i]
+        whole = _log_sum(terms)
+        for i in range(num_tags):
+            for j in range(num_tags):
+                pairs[i, j] += weight * math.exp((alpha[k - 1, i] - whole) + later[i, j])
+        _bring_to_zero(before)
         beta[:] = before
 
 
@@ -367,9 +384,7 @@ def _crf(
         if slow:
             log_z = _log_forward(f, transitions, start, end, steps, n, num_tags, a)
             if with_grad and log_z != -_INF:
-                _log_backward(
-                    f, transitions, end, steps, n, num_tags, a, log_z, weight, g_em[b], pairs, sum_start, sum_end
-                )
+                _log_backward(f, transitions, end, steps, n, num_tags, a, weight, g_em[b], pairs, sum_start, sum_end)
         paths[b] = slow
         if kind == PARTITION:
             value[b] = log_z
