@@ -211,13 +211,14 @@ PYSEQ_INLINE void step_row(
   for (int64_t v = 0; v < vectors; ++v) {
     load_some(x, f + v * L, int(tags - v * L < L ? tags - v * L : L));
     const Vec<C> before = load(dot + v * L);
-    const IVec<C> fine = (IVec<C>)((x <= range) & (x >= -range));
+    const IVec<C> low = (IVec<C>)(x <= range), high = (IVec<C>)(x >= -range), fine = low & high;
+    const IVec<C> sunk = ~high & (IVec<C>)(x > -C(__builtin_inf()));  // finite, but 0 beside any score in range
     const IVec<C> possible = v + 1 < vectors ? fine : fine & real;
     const IVec<C> held = (IVec<C>)(before > C(0));
-    bad |= ~fine & (IVec<C>)(x != -C(__builtin_inf()));
+    bad |= ~low;
     bad |= possible & held & (IVec<C>)(before < tiny);
     exp_split(fine ? x : Vec<C>{}, p, n);
-    const IVec<C> unheld = possible & ~held ? n : none;
+    const IVec<C> unheld = sunk ? IVec<C>{} - Int(kExpRange<C> * 1.4426) + (Simd<C>::bias + 4) : possible & ~held ? n : none;
     hiding = unheld > hiding ? unheld : hiding;
     const IVec<C> live = fine & held;  // the others get a = u = 0: no path goes through them
     mass = live ? before * p : Vec<C>{};

@@ -50,6 +50,14 @@ def _exp(x):
 
 
 @njit(**_JIT)
+def _dot(x, y):
+    total = 0.0
+    for i in range(x.shape[0]):
+        total += x[i] * y[i]
+    return total
+
+
+@njit(**_JIT)
 def _steps(b, time, mask, lengths, steps):
     """Positions of the live steps of sequence b into `steps`; returns their count, or -1 for a length out of range."""
     if mask.shape[0]:
@@ -110,7 +118,7 @@ def _underflowed(a, f, transitions, start, steps, last, num_tags):
 
 
 @njit(**_JIT)
-def _forward(f, weights_out, start, steps, n, num_tags, a, u):
+def _forward(f, weights_in, start, steps, n, num_tags, a, u):
     """Fill a (n, P) with scaled forward vectors and u (n, P) so that a[k] = (a[k-1] @ E) * u[k].
 
     Returns the sum of the logs of the scales, without the n - 1 maxima of the transitions; whether no state fell below
@@ -130,11 +138,8 @@ def _forward(f, weights_out, start, steps, n, num_tags, a, u):
             for j in range(num_tags):
                 step[j] = np.float64(row[j]) + np.float64(start[j])
         else:
-            for i in range(num_tags):
-                mass = a[k - 1, i]
-                for j in range(padded):
-                    now[j] += mass * weights_out[i, j]
             for j in range(num_tags):
+                now[j] = _dot(a[k - 1], weights_in[j])
                 step[j] = np.float64(row[j])
         shift = -_INF  # of the states that are held: another may have any score
         for j in range(num_tags):
@@ -151,16 +156,19 @@ def _forward(f, weights_out, start, steps, n, num_tags, a, u):
             top = max(top, now[j])
             low = min(low, now[j])
         scale = 1.0 / top if top > 0.0 else 1.0
-        gain = -_INF  # of what a state that holds 0 may hide
-        if not low >= _TINY:
+        if low >= _TINY:
+            hidden = -_INF
+        else:
+            before, hidden = max(hidden, _SMALLEST) + math.log(num_tags), -_INF
             for j in range(num_tags):
                 if now[j] == 0.0:
                     step[j] = 0.0  # no path goes through it; seen from the end it might grow without bound
-                    gain = max(gain, np.float64(row[j]) - shift + math.log(num_tags * scale))
+                    score = np.float64(row[j]) + (np.float64(start[j]) if k == 0 else 0.0)
+                    mass = 1.0 if k == 0 else _dot(a[k - 1], weights_in[j])
+                    hidden = max(hidden, score - shift + math.log(scale) + (math.log(mass) if mass > 0.0 else before))
                 elif not now[j] >= _TINY:
                     clean = False
-        hidden = max(hidden, _SMALLEST) + gain
-        suspect = k if hidden > _HIDDEN else suspect
+            suspect = k if hidden > _HIDDEN or top == 0.0 else suspect
         log_scale -= math.log(scale)
         for j in range(padded):
             now[j] *= scale
@@ -169,7 +177,7 @@ def _forward(f, weights_out, start, steps, n, num_tags, a, u):
 
 
 @njit(**_JIT)
-def _backward(a, u, weights_in, end_weights, steps, n, num_tags, weight, g_em, counts, g_start, g_end):
+def _backward(a, u, weights_out, end_weights, steps, n, num_tags, weight, g_em, counts, g_start, g_end):
     """Add the weighted expected counts; `counts` lacks the factor E. False, and nothing added, on lost digits."""
     padded = a.shape[1]
     b = end_weights.copy()
@@ -184,11 +192,8 @@ def _backward(a, u, weights_in, end_weights, steps, n, num_tags, weight, g_em, c
         for j in range(padded):
             later[k, j] = u[k, j] * b[j] * factor
             u[k, j] = a[k, j] * b[j] * factor
-        b[:] = 0.0
-        for j in range(num_tags):
-            mass = later[k, j]
-            for i in range(padded):
-                b[i] += mass * weights_in[j, i]
+        for i in range(num_tags):
+            b[i] = _dot(later[k], weights_out[i])
     for k in range(n):
         row = g_em[steps[k]]
         for j in range(num_tags):
@@ -370,7 +375,7 @@ def _crf(
         slow = not usable
         log_z = 0.0
         if not slow:
-            log_scale, clean, suspect = _forward(f, weights_out, start, steps, n, num_tags, a, u)
+            log_scale, clean, suspect = _forward(f, weights_in, start, steps, n, num_tags, a, u)
             slow = not clean or _underflowed(a, f, transitions, start, steps, suspect, num_tags)
             total = 0.0
             for j in range(num_tags):
@@ -379,7 +384,7 @@ def _crf(
             log_z = log_scale + (n - 1) * top + math.log(total) + end_top
             if with_grad and not slow:
                 slow = not _backward(
-                    a, u, weights_in, end_weights, steps, n, num_tags, weight, g_em[b], counts, sum_start, sum_end
+                    a, u, weights_out, end_weights, steps, n, num_tags, weight, g_em[b], counts, sum_start, sum_end
                 )
         if slow:
             log_z = _log_forward(f, transitions, start, end, steps, n, num_tags, a)
