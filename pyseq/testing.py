@@ -16,11 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyseq import ops
 from pyseq.kernels.common import NLL, PARTITION, SCORE
 from pyseq.ops._backend import launcher
 
 Array = np.ndarray[Any, Any]
 NEG_INF = -math.inf
+KINDS: dict[int, Callable[..., Any]] = {PARTITION: ops.crf_log_partition, NLL: ops.crf_nll, SCORE: ops.crf_score}
+NAMES = ("emissions", "transitions", "start", "end")
 LIVE = ("all", "lengths", "right", "left", "holes", "first", "rows", "none")
 ROOM_FOR_ERROR = 8  # the chain contract: units of 2^-24 (2^-53) of the largest log sum on the way
 
@@ -127,8 +130,19 @@ def chain(
     return Chain(emissions, transitions, start, end, labels, **liveness(live, batch, time, generator))
 
 
+def mixed() -> Chain:
+    """Fast sequences, wide ones (2, 7), and ones whose best state is 900 nats down after a step (4, 9)."""
+    problem = chain(11, 6, 5, seed=10)
+    assert problem.tags is not None
+    problem.transitions[[0, 2, 3, 4], 1] = NEG_INF
+    problem.emissions[[2, 7]] *= 60
+    problem.emissions[[4, 9], 0, 1] -= 900
+    problem.emissions[[4, 9], 1, 1] += 900
+    return problem.replace(tags=torch.where(problem.tags == 1, 2, problem.tags))
+
+
 class Exact(NamedTuple):
-    """What is right for each sequence. Counts: (emissions (B, T, K), transitions (B, K, K), start (B, K), end (B, K))."""
+    """What is right for each sequence. Counts: of emissions (B, T, K), transitions (B, K, K), start and end (B, K)."""
 
     log_z: Array
     score: Array
@@ -274,9 +288,96 @@ def assert_within(what: str, actual: Tensor, expected: Array, budget: Array | fl
         at = np.unravel_index(np.where(np.isnan(excess), np.inf, excess).argmax(), excess.shape)
         room = float(np.broadcast_to(np.asarray(budget), excess.shape)[at])
         raise AssertionError(
-            f"{what}{list(map(int, at))}: got {got[at]!r} for {float(expected[at])!r}, off by {float(error[at]):.3g} with a "
-            f"budget of {room:.3g}; {bad.mean():.1%} of elements fail"
+            f"{what}{list(map(int, at))}: got {got[at]!r} for {float(expected[at])!r}, off by {float(error[at]):.3g} "
+            f"with a budget of {room:.3g}; {bad.mean():.1%} of elements fail"
         )
+
+
+def upstream(name: str, batch: int) -> Tensor:
+    """Weights of the sequences in a loss: one for all, as .sum() has it, or one each, negative and zero among them."""
+    weights = torch.randn(batch, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    weights[::3] = 0
+    return torch.ones_like(weights) if name == "sum" else weights
+
+
+def run(problem: Chain, kind: int, backend: str, name: str = "sum") -> tuple[Tensor, list[Any]]:
+    """Value, and gradients of its weighted sum: of emissions, transitions, and start and end where they are given."""
+    leaves = problem.leaves()
+    value, scores = leaves(KINDS[kind], backend), leaves.scores()
+    if name == "sum":
+        grads = iter(torch.autograd.grad(value.sum(), scores, materialize_grads=True))
+    else:
+        grads = iter(torch.autograd.grad(value, scores, upstream(name, len(value)).to(value), materialize_grads=True))
+    inputs = (leaves.emissions, leaves.transitions, leaves.start, leaves.end)
+    found = [None if x is None else next(grads) for x in inputs]
+    assert all(grad.dtype == x.dtype for grad, x in zip(filter(torch.is_tensor, found), scores, strict=True))
+    return value, found
+
+
+class Known:
+    """A problem with what is right for it, and how far from that a kernel may be."""
+
+    def __init__(self, problem: Chain) -> None:
+        self.problem, self.truth = problem, exact(problem)
+        self.u = unit(problem.transitions.dtype)
+        live = problem.live().sum(1)
+        self.steps, self.longest = live.numpy(), int(live.max()) if len(live) else 0
+        self.yardstick = problem.double() if problem.transitions.dtype == torch.float64 else problem.single()
+        self.rooms: dict[Any, Any] = {}
+
+    def check(self, placed: Chain, backend: str, kinds: tuple[int, ...] = tuple(KINDS)) -> None:
+        """placed: the problem, on any device and in any layout."""
+        for kind, name in itertools.product(kinds, ("sum", "each")):
+            key = kind, name, backend == "reference"
+            if key not in self.rooms:
+                self.rooms[key] = self.plain(kind, name) if backend == "reference" else self.derived(kind, name)
+            value, grads = run(placed, kind, backend, name)
+            what = f"{KINDS[kind].__name__}, {name}: "
+            assert_within(what + "value", value, self.truth.value(kind), self.rooms[key][0])
+            right, _ = self.truth.gradients(kind, upstream(name, len(value)).numpy())
+            for where, grad, exactly, room in zip(NAMES, grads, right, self.rooms[key][1:], strict=True):
+                if grad is not None:
+                    assert_within(what + where, grad, exactly, room)
+
+    def size(self, kind: int) -> Any:
+        z, score = self.truth.size_z, self.truth.size_score
+        return z if kind == PARTITION else score if kind == SCORE else z + score
+
+    def bands(self) -> list[float]:
+        band = ROOM_FOR_ERROR * self.u
+        return [max(torch.finfo(self.problem.emissions.dtype).eps, band), band, band, band]
+
+    def plain(self, kind: int, name: str) -> list[Any]:
+        """The reference's: the recursion in logs rounds a log sum at every step, and exp takes that over."""
+        u = ROOM_FOR_ERROR * self.u
+        _, sizes = self.truth.gradients(kind, upstream(name, len(self.steps)).numpy())
+        lost = u * self.longest * (float(self.truth.size_z.max(initial=0)) + 1)
+        value = u * self.size(kind) * np.maximum(self.steps, 1)
+        return [value, *((lost + band) * size for band, size in zip(self.bands(), sizes, strict=True))]
+
+    def derived(self, kind: int, name: str) -> list[Any]:
+        """A kernel's. Values: the contract, or beside a float64 result twice the reference's error and a band.
+
+        Gradients: twice the error of the reference in the same precision and a band, and never more than all roundings
+        of the scaled recursion, or of the one in float64 logs, one way.
+        """
+        right, sizes = self.truth.gradients(kind, upstream(name, len(self.steps)).numpy())
+        value, grads = run(self.yardstick, kind, "reference", name)
+        exactly = self.truth.value(kind)
+        if self.u == unit(torch.float64):
+            found = np.isfinite(exactly)
+            off = abs(value.detach().numpy()[found] - exactly[found])
+            score = 0 if kind == PARTITION else self.truth.size_score  # added up in another order
+            room = 2 * off.max(initial=0) + 2 * self.u * (self.size(kind) + (self.longest + 1) * score)
+        else:
+            room = ROOM_FOR_ERROR * self.u * self.size(kind) + self.u * np.where(np.isfinite(exactly), abs(exactly), 0)
+        worst = 2 * self.longest * (self.problem.emissions.size(2) + ROOM_FOR_ERROR) * self.u
+        worst += ROOM_FOR_ERROR * self.longest * unit(torch.float64) * float(self.truth.size_z.max(initial=0))
+        rooms = [room]
+        for grad, true, size, band in zip(grads, right, sizes, self.bands(), strict=True):
+            error = 0 if grad is None else float(abs(grad.double().numpy() - true).max(initial=0))
+            rooms.append(min(2 * error, worst * size) + band * size)
+        return rooms
 
 
 @contextlib.contextmanager

@@ -67,11 +67,9 @@ def _steps(b, time, mask, lengths, steps):
             n += mask[b, t]
         return n
     n = lengths[b]
-    if n < 0 or n > time:
-        return -1
-    for t in range(n):
+    for t in range(min(max(n, 0), time)):
         steps[t] = t
-    return n
+    return n if n >= 0 and n <= time else -1
 
 
 @njit(**_JIT)

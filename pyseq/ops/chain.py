@@ -223,6 +223,10 @@ def _integers(name: str, x: Optional, emissions: Tensor, shape: tuple[int, ...],
 def _choose(chain: Chain, backend: str) -> tuple[str, bool]:
     """The backend, and whether its kernels raise on tags and lengths out of range rather than clamp."""
     emissions = chain[0]
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.func transforms (vmap, grad, jacrev) do not reach pyseq.ops; use torch.autograd instead"
+        )
     chosen = CHAIN.choose(backend, emissions)
     check = _on_host(emissions) or checks_forced()
     if check and (chosen == "reference" or emissions.device.type != "cpu"):
@@ -264,9 +268,10 @@ def _raise_bad_values(*chain: Any) -> None:
 
 
 def _launch(op: str, backend: str, chain: Any, *rest: Any) -> None:
-    emissions = _launchable(chain[0])
+    emissions = chain[0]
     if emissions.device.type == "cpu" and backend != "triton" and emissions.element_size() == 2:
         emissions = emissions.float()
+    emissions = _launchable(emissions)
     others = [None if x is None else x.contiguous() for x in chain[1:]]
     status = getattr(launcher("chain", backend), op)(emissions, *others, *rest)
     if status in (BAD_TAG, BAD_LENGTH):
@@ -293,7 +298,7 @@ def _value_and_grad_fake(emissions: Tensor, transitions: Tensor, *rest: Any) -> 
     num_tags = emissions.size(2)
     return (
         transitions.new_empty(emissions.size(0)),
-        torch.empty_like(_launchable(emissions), dtype=transitions.dtype),
+        _launchable(torch.empty_like(emissions, dtype=transitions.dtype)),
         transitions.new_empty(num_tags, num_tags),
         transitions.new_empty(num_tags),
         transitions.new_empty(num_tags),
@@ -337,11 +342,8 @@ _viterbi = register(
 )
 
 
-def _sweep(*args: Any) -> tuple[Tensor, ...]:
-    """The raw op, without the dispatcher's price where nothing traces."""
-    eager = type(args[0]) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    swept: tuple[Tensor, ...] = _value_and_grad_impl(*args) if eager else _value_and_grad(*args)
-    return swept
+# whether this backward may run again: then the saved gradient must not get into other hands
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _uniform(upstream: Tensor) -> bool:
@@ -366,7 +368,7 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *chain, kind, check, backend = args
-        value, *grads = _sweep(*chain, None, kind, check, backend)
+        value, *grads = _value_and_grad(*chain, None, kind, check, backend)
         ctx.save_for_backward(*chain, *grads)
         ctx.options = kind, check, backend
         return value  # type: ignore[no-any-return]
@@ -377,10 +379,10 @@ class _Value(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             return (*_reference_grad(ctx, _reference(ctx.options[0], chain), chain, upstream), *[None] * 6)
         if upstream.numel() and _uniform(upstream):
-            if not (_on_host(upstream) and upstream[0].item() == 1.0):
+            if not _on_host(upstream) or _keeps_graph() or upstream[0].item() != 1.0:
                 grads = torch._foreach_mul(grads, upstream[0])
         elif upstream.numel():
-            _, *grads = _sweep(*chain, upstream, *ctx.options)
+            _, *grads = _value_and_grad(*chain, upstream, *ctx.options)
         return (*(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6)
 
 

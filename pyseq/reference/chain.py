@@ -74,7 +74,9 @@ def crf_nll(
     """log Z minus the path's score (B,); +inf, with zero gradient, where the path is forbidden."""
     score = crf_score(emissions, transitions, tags, start, end, live)
     log_z = crf_log_partition(emissions, transitions, start, end, live)
-    return torch.where(score == NEG_INF, torch.inf, log_z - score)
+    nll = log_z - score
+    nll = nll - nll.detach().clamp(max=0)  # rounding must not make a loss negative
+    return torch.where(score == NEG_INF, torch.inf, nll)
 
 
 def crf_marginals(

@@ -1,0 +1,153 @@
+"""Who serves, who does not and why; imports stay light."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pyseq
+from pyseq import ops
+from pyseq.ops._backend import BACKENDS, ROOMS, Explanation, explain
+from pyseq.testing import Chain, chain, recorded_paths
+
+
+def small() -> Chain:
+    return chain(2, 3, 4)
+
+
+def script(text: str, *flags: str, **environ: str) -> str:
+    """Standard output of a fresh interpreter with warnings as errors."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYSEQ_", "TRITON_"))}
+    command = [sys.executable, "-W", "error", *flags, "-c", text]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**kept, **environ})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYSEQ_BACKEND", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    problem = small()
+    told = explain(ops.crf_nll, problem.emissions, problem.transitions, problem.tags)
+    assert pyseq.explain is explain
+    assert isinstance(told, Explanation)
+    assert tuple(told) == BACKENDS
+    assert told["reference"] == told["numba"] == told["cpp"] == []
+    assert told["triton"] == ["tensors are on cpu, triton needs cuda (or TRITON_INTERPRET=1, for tests)"]
+    assert told.chosen == "cpp"
+    lines = str(told).splitlines()
+    assert [line.split()[0] for line in lines] == list(BACKENDS)
+    assert lines[BACKENDS.index("cpp")].endswith("chosen by auto")
+    assert lines[BACKENDS.index("numba")].endswith("available")
+    assert explain(ops.viterbi, emissions=problem.emissions).chosen == "cpp"
+
+
+@pytest.mark.parametrize("op", [ops.crf_log_partition, ops.crf_score, ops.crf_nll, ops.crf_marginals, ops.viterbi])
+def test_every_op_belongs_to_a_room(op: object) -> None:
+    assert getattr(op, "room") is ROOMS["chain"]  # noqa: B009
+
+
+def test_explain_needs_an_op_and_tensors() -> None:
+    with pytest.raises(TypeError, match=r"explain needs a function of pyseq\.ops, got"):
+        explain(torch.add, torch.ones(1))
+    with pytest.raises(TypeError, match=r"explain\(crf_nll, \.\.\.\) needs the tensors"):
+        explain(ops.crf_nll)
+
+
+def test_auto_takes_the_first_of_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cpp, then numba, then the reference: each disappears in turn."""
+    monkeypatch.delenv("PYSEQ_BACKEND", raising=False)
+    room, lead = ROOMS["chain"], torch.empty(1, 1, 1)
+    assert room.order == {"cpu": ("cpp", "numba", "reference"), "cuda": ("triton", "reference")}
+    gone: list[str] = []
+    plain = type(room).reasons
+    monkeypatch.setattr(type(room), "reasons", lambda self, name, x: ["gone"] if name in gone else plain(self, name, x))
+    for expected in ("cpp", "numba", "reference"):
+        assert room.choose("auto", lead) == expected
+        gone += [expected] if expected != "reference" else []
+    with pytest.raises(ValueError, match="backend 'numba' cannot serve: gone"):
+        room.choose("numba", lead)
+    assert room.choose("auto", torch.empty(1, 1, 1, device="meta")) == "reference"
+
+
+def test_environment_overrides_auto_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = small()
+    for backend in ("numba", "cpp"):
+        other = {"numba": "cpp", "cpp": "numba"}[backend]
+        monkeypatch.setenv("PYSEQ_BACKEND", backend)
+        with recorded_paths("numba") as numba, recorded_paths("cpp") as cpp:
+            problem(ops.crf_log_partition, "auto")
+            assert (len(numba), len(cpp)) == ((1, 0) if backend == "numba" else (0, 1))
+            problem(ops.crf_log_partition, other)
+            assert (len(numba), len(cpp)) == (1, 1)
+        assert explain(ops.viterbi, problem.emissions).chosen == backend
+    monkeypatch.setenv("PYSEQ_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="'auto' or one of reference, numba, cpp, triton, got 'nonsense'"):
+        problem(ops.viterbi, "auto")
+
+
+def test_a_named_backend_serves_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = small()
+    with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .* got 'cuda'"):
+        problem(ops.crf_nll, "cuda")
+    with pytest.raises(ValueError, match="got None"):
+        problem(ops.crf_nll, None)  # type: ignore[arg-type]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    wide = torch.empty(1, 1, 1025)
+    with pytest.raises(ValueError, match="'triton' cannot serve: triton serves at most 1024 tags, got 1025"):
+        ops.crf_log_partition(wide, torch.empty(1025, 1025), backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for op in (ops.crf_nll, ops.crf_marginals, ops.viterbi):
+        with pytest.raises(ValueError, match="'triton' cannot serve: tensors are on cpu, triton needs cuda"):
+            problem(op, "triton")
+    meta = problem.to("meta")
+    for backend in ("numba", "cpp"):
+        with pytest.raises(ValueError, match=f"'{backend}' cannot serve: tensors are on meta, {backend} needs cpu"):
+            meta(ops.crf_log_partition, backend)
+
+
+def test_import_is_cold() -> None:
+    """No backend's compiler, no plotting, until a call needs it; the first cpp call pulls in neither."""
+    out = script(
+        """
+import sys
+import pyseq, pyseq.ops
+heavy = ("numba", "triton", "llvmlite", "matplotlib", "hypothesis", "pytest")
+print([m for m in heavy if m in sys.modules])
+import torch
+pyseq.ops.crf_nll(torch.ones(1, 2, 3), torch.ones(3, 3), torch.zeros(1, 2).long())
+print([m for m in heavy if m in sys.modules and m != "triton"])
+"""
+    )
+    assert out.splitlines() == ["[]", "[]"]
+
+
+def test_reference_needs_torch_alone() -> None:
+    """numba, triton and the extension unimportable: auto falls to the reference, the others say what is missing."""
+    out = script(
+        """
+import sys
+for name in ("numba", "triton", "pyseq._C"):
+    sys.modules[name] = None
+import torch
+from pyseq import explain, ops
+x = torch.ones(1, 2, 3, requires_grad=True)
+ops.crf_nll(x, torch.ones(3, 3), torch.zeros(1, 2).long()).sum().backward()
+told = explain(ops.crf_nll, x)
+print(told.chosen, bool(x.grad.abs().sum() > 0))
+print(told)
+for name in ("numba", "cpp"):
+    try:
+        ops.crf_nll(x, torch.ones(3, 3), torch.zeros(1, 2).long(), backend=name)
+    except ValueError as error:
+        print(error)
+"""
+    )
+    lines = out.splitlines()
+    assert lines[0] == "reference True"
+    assert "numba is not installed" in out
+    assert "the compiled extension is missing" in out
+    assert lines[-2].startswith("backend 'numba' cannot serve")
+    assert lines[-1].startswith("backend 'cpp' cannot serve")

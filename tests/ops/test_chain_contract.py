@@ -1,0 +1,577 @@
+"""The chain room's contract beside its numbers: registration, compile, export, errors, memory, processes, threads."""
+
+import itertools
+import math
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from pyseq import ops
+from pyseq.kernels.common import NLL, PARTITION, SCORE
+from pyseq.ops._backend import BACKENDS
+from pyseq.testing import Chain, assert_within, chain, exact, unit
+
+CPU = ("reference", "numba", "cpp")
+on_cpu = pytest.mark.parametrize("backend", CPU)
+on_every = pytest.mark.parametrize("backend", BACKENDS)
+# torch's own warning, about itself, whenever dynamo traces an autograd.Function
+quiet_dynamo = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+def script(text: str, timeout: float = 120, **environ: str) -> str:
+    """Standard output of a fresh interpreter with warnings as errors."""
+    import os
+
+    command = [sys.executable, "-W", "error", "-c", text]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environ})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@on_every
+@pytest.mark.usefixtures("poison")
+def test_uninitialised_memory_is_poisoned(backend: str) -> None:
+    like = torch.zeros(3)
+    for fresh in (torch.empty(3), torch.empty_like(like), like.new_empty(3), torch.empty_strided((3,), (1,))):
+        assert fresh.isnan().all()
+    assert (torch.empty(3, dtype=torch.int64) == torch.iinfo(torch.int64).max).all()
+
+
+@pytest.mark.parametrize("op", [ops.crf_log_partition, ops.crf_score, ops.crf_nll, ops.crf_marginals])
+@on_every
+def test_gradcheck(op: Callable[..., Any], backend: str) -> None:
+    small = backend == "triton"
+    if small and op is not ops.crf_nll:
+        pytest.skip("the interpreter takes too long")
+    problem = chain(2, 2, 2, torch.float64) if small else chain(3, 4, 3, torch.float64, "holes")
+
+    def value(*scores: Tensor) -> Tensor:
+        emissions, transitions, start, end = scores
+        moved = problem.replace(emissions=emissions, transitions=transitions, start=start, end=end)
+        return moved(op, backend)  # type: ignore[no-any-return]
+
+    scores = problem.leaves().scores()
+    assert torch.autograd.gradcheck(value, scores, fast_mode=small)
+    if op is not ops.crf_score and not small:  # a score is linear
+        assert torch.autograd.gradgradcheck(value, scores)
+
+
+@on_cpu
+@pytest.mark.parametrize("op", [ops.crf_log_partition, ops.crf_nll, ops.crf_marginals], ids=lambda op: op.__name__)
+def test_double_backward_in_float32(op: Callable[..., Any], backend: str) -> None:
+    problem = chain(5, 4, 3, live="holes", seed=1)
+
+    def second(of: Chain, backend: str) -> list[Tensor]:
+        leaves = of.leaves()
+        out = leaves(op, backend)
+        (first,) = torch.autograd.grad((out * out).sum(), leaves.emissions, create_graph=True)
+        return list(torch.autograd.grad((first * first).sum(), leaves.scores(), allow_unused=True))
+
+    right, own, found = second(problem.double(), "reference"), second(problem, "reference"), second(problem, backend)
+    for true, near, got in zip(right, own, found, strict=True):
+        band = 8 * unit(torch.float32) * float(true.abs().max())
+        assert_within("second", got, true.numpy(), 2 * float((near - true).abs().max()) + band)
+
+
+@on_cpu
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_gradients_survive_a_retained_graph(weight: float, backend: str) -> None:
+    """What a caller does to a gradient in place shows in no later backward."""
+    leaves = chain(3, 4, 5).leaves()
+    loss = weight * leaves(ops.crf_nll, backend).sum()
+    first = [x.clone() for x in torch.autograd.grad(loss, leaves.scores(), retain_graph=True)]
+    for x in torch.autograd.grad(loss, leaves.scores(), retain_graph=True):
+        x.zero_()
+    loss.backward(retain_graph=True)
+    for x in leaves.scores():
+        assert x.grad is not None
+        x.grad.zero_()
+    loss.backward()
+    for x, right in zip(leaves.scores(), first, strict=True):
+        assert x.grad is not None
+        assert torch.equal(x.grad, right)
+
+
+def raw_arguments(kind: str) -> tuple[Any, ...]:
+    """Emissions to lengths of a raw op."""
+    live = {"mask": "holes", "lengths": "lengths"}.get(kind, "all")
+    problem = chain(*((0, 3, 4) if kind == "no rows" else (2, 0, 4) if kind == "no steps" else (3, 5, 4)), live=live)
+    if kind == "permuted":
+        problem = problem.replace(emissions=problem.emissions.transpose(0, 1).contiguous().transpose(0, 1))
+    if kind == "tags first":
+        problem = problem.replace(emissions=problem.emissions.permute(2, 0, 1).contiguous().permute(1, 2, 0))
+    if kind == "windows":
+        problem = problem.replace(emissions=torch.randn(3, 4 + 1).unfold(1, 4, 1), tags=problem.tags[:, :2])  # type: ignore[index]
+    if kind == "half":
+        problem = problem.replace(emissions=problem.emissions.bfloat16())
+    if kind == "double":
+        problem = problem.double()
+    if kind == "bare":
+        problem = problem.replace(start=None, end=None)
+    return tuple(vars(problem).values())
+
+
+RAW = ("plain", "bare", "mask", "lengths", "permuted", "tags first", "windows", "half", "double", "no rows", "no steps")
+
+
+@pytest.mark.parametrize("kind", RAW)
+@pytest.mark.parametrize("backend", ["numba", "cpp"])
+def test_opcheck(kind: str, backend: str) -> None:
+    *scores, tags, mask, lengths = raw_arguments(kind)
+    every = (*scores, tags, mask, lengths)
+    untagged = (*scores, None, mask, lengths)
+    weights = torch.randn(len(scores[0])).to(scores[1].dtype)
+    torch.library.opcheck(torch.ops.pyseq.crf_value.default, (*every, NLL, True, backend))
+    torch.library.opcheck(torch.ops.pyseq.crf_value.default, (*untagged, PARTITION, False, backend))
+    torch.library.opcheck(torch.ops.pyseq.crf_value_and_grad.default, (*every, weights, NLL, True, backend))
+    torch.library.opcheck(torch.ops.pyseq.crf_value_and_grad.default, (*every, None, SCORE, True, backend))
+    torch.library.opcheck(torch.ops.pyseq.viterbi.default, (*untagged, True, backend))
+
+
+@quiet_dynamo
+@on_every
+def test_compile(backend: str) -> None:
+    """One graph, forward and backward, the bits of eager; a new T or B compiles nothing."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+
+    def loss(emissions: Tensor, transitions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
+        return ops.crf_nll(emissions, transitions, tags, mask=mask, backend=backend).sum()  # type: ignore[arg-type]
+
+    def decode(emissions: Tensor, transitions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.viterbi(emissions, transitions, mask=mask, backend=backend)  # type: ignore[arg-type]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    decoded = torch.compile(decode, fullgraph=True, backend=counter)
+    sizes = [(2, 3)] if backend in ("triton", "reference") else [(3, 5), (3, 6), (4, 7)]
+    for batch, time in sizes:
+        problem = chain(batch, time, 4, live="holes", seed=time)
+        eager, leaves = problem.leaves(), problem.leaves()
+        assert leaves.mask is not None
+        assert leaves.tags is not None
+        for x in (leaves.emissions, leaves.tags, leaves.mask):
+            if backend != "reference":
+                torch._dynamo.mark_dynamic(x, (0, 1))
+        rest = (leaves.transitions, leaves.tags, leaves.mask)
+        got = torch.autograd.grad(compiled(leaves.emissions, *rest), leaves.scores()[:2])
+        right = torch.autograd.grad(loss(eager.emissions, eager.transitions, *rest[1:]), eager.scores()[:2])
+        assert all(map(torch.equal, got, right))
+        with torch.no_grad():
+            found = decoded(leaves.emissions, leaves.transitions, leaves.mask)
+            assert all(map(torch.equal, found, decode(eager.emissions, eager.transitions, leaves.mask)))
+    assert counter.frame_count == 1
+
+
+@quiet_dynamo
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own imports
+def test_compile_with_inductor() -> None:
+    torch.compiler.reset()
+    problem = chain(3, 5, 4, seed=2)
+    linear, tags = nn.Linear(4, 4), problem.tags
+    assert tags is not None
+
+    def loss(x: Tensor, transitions: Tensor) -> Tensor:
+        return ops.crf_nll(linear(x), transitions, tags, backend="cpp").mean()
+
+    right = torch.autograd.grad(loss(problem.emissions, problem.transitions), linear.weight)
+    got = torch.autograd.grad(
+        torch.compile(loss, fullgraph=True)(problem.emissions, problem.transitions), linear.weight
+    )
+    torch.testing.assert_close(got, right)
+
+
+@quiet_dynamo
+@on_cpu
+def test_bad_values_under_compile_are_clamped(backend: str) -> None:
+    torch.compiler.reset()
+    problem = chain(3, 5, 4, seed=3)
+    tags, lengths = torch.tensor([[-7, 4, 1, 2, 3], [99, 0, 0, 0, -1], [1, 2, 3, 4, 5]]), torch.tensor([-2, 9, 3])
+
+    def loss(emissions: Tensor, tags: Tensor, lengths: Tensor) -> Tensor:
+        return ops.crf_nll(emissions, problem.transitions, tags, lengths=lengths, backend=backend)  # type: ignore[arg-type]
+
+    def best(emissions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.viterbi(emissions, problem.transitions, lengths=lengths, backend=backend)  # type: ignore[arg-type]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    leaf, other = (problem.emissions.clone().requires_grad_() for _ in range(2))
+    value, right = compiled(leaf, tags, lengths), loss(other, tags.clamp(0, 3), lengths.clamp(0, 5))
+    assert torch.equal(value, right)
+    assert all(map(torch.equal, torch.autograd.grad(value.sum(), leaf), torch.autograd.grad(right.sum(), other)))
+    found = torch.compile(best, fullgraph=True, backend="aot_eager")(leaf, lengths)
+    assert all(map(torch.equal, found, best(leaf, lengths.clamp(0, 5))))
+
+
+@quiet_dynamo
+@pytest.mark.parametrize("backend", ["numba", "cpp"])
+def test_bad_values_raise_under_compile_when_checks_are_forced(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYSEQ_CHECK", "1")
+    torch.compiler.reset()
+    problem = chain(2, 3, 4, seed=4)
+
+    def loss(emissions: Tensor, tags: Tensor) -> Tensor:
+        return ops.crf_nll(emissions, problem.transitions, tags, backend=backend)  # type: ignore[arg-type]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"tags must lie in \[0, 4\) at live steps, got 9 for sequence 1, step 2"):
+        compiled(problem.emissions, torch.tensor([[0, 0, 0], [0, 0, 9]]))
+    torch.compiler.reset()
+
+
+class Decoder(nn.Module):
+    def __init__(self, tags: int, backend: Any) -> None:
+        super().__init__()
+        self.transitions, self.backend = nn.Parameter(torch.randn(tags, tags)), backend
+
+    def forward(self, emissions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.viterbi(emissions, self.transitions, mask=mask, backend=self.backend)
+
+
+@on_cpu
+def test_export(backend: str) -> None:
+    module, problem = Decoder(4, backend), chain(3, 5, 4, live="holes")
+    dynamic = backend != "reference"  # whose loop over time is unrolled
+    batch, time = (torch.export.Dim(name, max=64) for name in ("batch", "time"))
+    shapes = ({0: batch, 1: time}, {0: batch, 1: time}) if dynamic else None
+    program = torch.export.export(module, (problem.emissions, problem.mask), dynamic_shapes=shapes)
+    for again in (problem, chain(5, 9, 4, live="left")) if dynamic else (problem,):
+        assert again.mask is not None
+        found = program.module()(again.emissions, again.mask)
+        assert all(map(torch.equal, found, module(again.emissions, again.mask)))
+
+
+@on_every
+def test_autocast(backend: str) -> None:
+    """Half scores from a layer meet float32 parameters; nothing else changes."""
+    linear, problem = nn.Linear(4, 4), chain(2, 3, 4, live="lengths")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        emissions = linear(problem.emissions)
+        value = problem.replace(emissions=emissions)(ops.crf_nll, backend)
+        grads = torch.autograd.grad(value.sum(), linear.weight, retain_graph=True)
+        score, _ = problem.replace(emissions=emissions)(ops.viterbi, backend)
+    assert (emissions.dtype, value.dtype, score.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    plain = problem.replace(emissions=emissions)(ops.crf_nll, backend)
+    assert torch.equal(plain, value)
+    assert torch.equal(torch.autograd.grad(plain.sum(), linear.weight)[0], grads[0])
+
+
+@pytest.mark.parametrize("transform", ["vmap", "vmap with grad", "grad"])
+@pytest.mark.parametrize("op", [ops.crf_log_partition, ops.crf_marginals, ops.viterbi], ids=lambda op: op.__name__)
+@on_cpu
+def test_function_transforms_raise(transform: str, op: Callable[..., Any], backend: str) -> None:
+    emissions, transitions = torch.randn(3, 2, 4, 5), torch.randn(5, 5)
+    if op is ops.viterbi and transform != "vmap":
+        pytest.skip("has no gradient")
+
+    def call(x: Tensor) -> Any:
+        return op(x, transitions, backend=backend)
+
+    mapped = torch.func.grad(lambda x: call(x[0]).sum()) if transform == "grad" else torch.vmap(call)
+    with pytest.raises(RuntimeError, match=r"torch\.func|functorch"):
+        mapped(emissions.requires_grad_(transform == "vmap with grad"))
+
+
+def test_numbers_of_a_batch_without_sequences() -> None:
+    """B = 0 through every route of backward."""
+    every: tuple[Callable[..., Any], ...] = (ops.crf_log_partition, ops.crf_nll, ops.crf_score)
+    for backend, op in itertools.product(CPU, every):
+        for reduce in (Tensor.sum, lambda x: (x * torch.ones_like(x)).sum()):
+            leaves = chain(0, 3, 4).leaves()
+            reduce(leaves(op, backend)).backward()
+            assert not any(x.grad is None or x.grad.any() for x in leaves.scores())
+
+
+def change(**changes: Any) -> Callable[[Chain], Chain]:
+    return lambda problem: problem.replace(**{k: f(getattr(problem, k)) for k, f in changes.items()})
+
+
+def put(at: tuple[int, ...], what: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.clone().index_put_([torch.tensor(i) for i in at], torch.tensor(what, dtype=x.dtype))
+
+
+MASK = torch.ones(3, 5, dtype=torch.bool)
+BAD: list[tuple[str, Callable[[Chain], Chain], type[Exception], str]] = [
+    (
+        "rank",
+        change(emissions=lambda x: x[0]),
+        ValueError,
+        r"emissions must have shape \(batch, time, tags\), got \(5, 4\)",
+    ),
+    ("list", change(emissions=Tensor.tolist), TypeError, "emissions must be a tensor .* got list"),
+    ("no tags", change(emissions=lambda x: x[..., :0]), ValueError, "at least one tag"),
+    ("integers", change(emissions=Tensor.long), TypeError, r"emissions must be of dtype float32, .* got torch\.int64"),
+    ("complex", change(emissions=lambda x: x + 0j), TypeError, r"emissions must be of dtype .* got torch\.complex64"),
+    (
+        "square",
+        change(transitions=lambda x: x[:3]),
+        ValueError,
+        r"transitions must have shape .* = \(4, 4\), got \(3, 4\)",
+    ),
+    ("array", change(transitions=Tensor.numpy), TypeError, "transitions must be a tensor .* got ndarray"),
+    (
+        "float64",
+        change(transitions=Tensor.double),
+        TypeError,
+        r"transitions is torch\.float64 but emissions is torch\.float32",
+    ),
+    ("whole", change(transitions=Tensor.int), TypeError, r"transitions must be of dtype float32"),
+    ("start", change(start=lambda x: x[:3]), ValueError, r"start must have shape \(tags,\) = \(4,\), got \(3,\)"),
+    ("end", change(end=lambda x: x.unsqueeze(0)), ValueError, r"end must have shape \(tags,\) = \(4,\), got \(1, 4\)"),
+    ("end64", change(end=Tensor.double), TypeError, r"end is torch\.float64"),
+    ("no labels", change(tags=lambda x: None), TypeError, "tags must be a tensor .* got NoneType"),
+    (
+        "one-hot",
+        change(tags=lambda x: nn.functional.one_hot(x, 4)),
+        ValueError,
+        r"tags must have shape \(batch, time\) = \(3, 5\)",
+    ),
+    (
+        "float labels",
+        change(tags=Tensor.float),
+        TypeError,
+        r"tags must be of dtype torch\.int64 or torch\.int32, got torch\.float32",
+    ),
+    (
+        "label -1",
+        change(tags=put((1, 2), -1)),
+        ValueError,
+        r"tags must lie in \[0, 4\) at live steps, got -1 for sequence 1, step 2",
+    ),
+    (
+        "label K",
+        change(tags=put((2, 4), 4)),
+        ValueError,
+        r"tags must lie in \[0, 4\) at live steps, got 4 for sequence 2, step 4",
+    ),
+    (
+        "mask shape",
+        change(mask=lambda x: MASK[:, :4]),
+        ValueError,
+        r"mask must have shape \(batch, time\) = \(3, 5\), got \(3, 4\)",
+    ),
+    (
+        "mask dtype",
+        change(mask=lambda x: MASK.byte()),
+        TypeError,
+        r"mask must be of dtype torch\.bool, got torch\.uint8; use mask\.bool\(\)",
+    ),
+    ("both", change(mask=lambda x: MASK, lengths=lambda x: MASK.sum(1)), ValueError, "mask and lengths"),
+    (
+        "lengths shape",
+        change(lengths=lambda x: torch.ones(3, 1).long()),
+        ValueError,
+        r"lengths must have shape \(batch,\) = \(3,\)",
+    ),
+    ("lengths dtype", change(lengths=lambda x: torch.ones(3)), TypeError, r"lengths must be of dtype torch\.int64"),
+    (
+        "length T+1",
+        change(lengths=lambda x: torch.tensor([5, 6, 0])),
+        ValueError,
+        r"lengths must lie in \[0, 5\], got 6 for sequence 1",
+    ),
+    (
+        "length -1",
+        change(lengths=lambda x: torch.tensor([5, 5, -1])),
+        ValueError,
+        r"lengths must lie in \[0, 5\], got -1 for sequence 2",
+    ),
+    (
+        "device",
+        change(transitions=lambda x: x.to("meta")),
+        ValueError,
+        "transitions is on meta but emissions is on cpu",
+    ),
+    ("tags' device", change(tags=lambda x: x.to("meta")), ValueError, "tags is on meta but emissions is on cpu"),
+]
+
+
+@on_cpu
+@pytest.mark.parametrize(("name", "mutate", "error", "message"), BAD, ids=[row[0] for row in BAD])
+def test_bad_input(name: str, mutate: Callable[[Chain], Chain], error: type, message: str, backend: str) -> None:
+    bad = mutate(chain(3, 5, 4))
+    with pytest.raises(error, match=message):
+        bad(ops.crf_nll, backend)
+    with pytest.raises(error, match=message):
+        bad(ops.crf_score, backend)
+    if "label" not in name and "tags'" not in name and name != "one-hot":
+        for op in (ops.crf_log_partition, ops.crf_marginals, ops.viterbi):
+            with pytest.raises(error, match=message):
+                bad(op, backend)
+
+
+@on_cpu
+def test_labels_out_of_range_are_fine_where_absent(backend: str) -> None:
+    problem = chain(3, 5, 4).replace(mask=MASK.clone())
+    assert problem.mask is not None
+    problem.mask[1, 2] = False
+    right = problem(ops.crf_nll, backend)
+    assert torch.equal(put_label(problem, -100)(ops.crf_nll, backend), right)
+    assert torch.equal(put_label(problem, 4)(ops.crf_nll, backend), right)
+
+
+def put_label(problem: Chain, tag: int) -> Chain:
+    assert problem.tags is not None
+    return problem.replace(tags=put((1, 2), tag)(problem.tags))
+
+
+@pytest.mark.parametrize("backend", ["numba", "cpp"])
+def test_memory_law(backend: str) -> None:
+    """Forward and backward at (8, 512, 128) stay far below the B T K K potentials, 268 MB in float32."""
+    grown = script(
+        f"""
+import resource, torch
+from pyseq import ops
+def step(batch, time, tags):
+    emissions = torch.zeros(batch, time, tags, requires_grad=True)
+    transitions = torch.zeros(tags, tags, requires_grad=True)
+    ops.crf_nll(emissions, transitions, torch.zeros(batch, time).long(), backend={backend!r}).sum().backward()
+def used():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(2, 3, 128)
+before = used()
+step(8, 512, 128)
+print(used() - before)
+""",
+        OMP_NUM_THREADS="1",
+    )
+    emissions = 8 * 512 * 128 * 4 / 1024
+    assert int(grown) < 8 * emissions + 4096
+
+
+def test_workers_and_forks() -> None:
+    """A loader's worker, forked after the parent ran a team of two threads, decodes and returns."""
+    out = script(
+        """
+import torch, warnings
+from pyseq import ops
+torch.set_num_threads(2)
+transitions = torch.randn(9, 9)
+parent = ops.viterbi(torch.ones(64, 200, 9), transitions, backend="cpp")[1]
+class Decoded(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+    def __getitem__(self, i):
+        return ops.viterbi(torch.ones(64, 200, 9), transitions, backend=("cpp", "numba")[i])[1]
+options = {"batch_size": None, "num_workers": 1, "timeout": 60, "multiprocessing_context": "fork"}
+print([torch.equal(path, parent) for path in torch.utils.data.DataLoader(Decoded(), **options)])
+"""
+    )
+    assert out.strip() == "[True, True]"
+
+
+@pytest.mark.parametrize("backend", ["numba", "cpp"])
+def test_python_threads(backend: str) -> None:
+    """Concurrent calls give the bits of calls one by one."""
+    problems = [chain(20, 50, 9, seed=seed) for seed in range(4)]
+
+    def answer(problem: Chain) -> list[Tensor]:
+        leaves = problem.leaves()
+        value = leaves(ops.crf_nll, backend)
+        return [value, *torch.autograd.grad(value.sum(), leaves.scores()), *problem(ops.viterbi, backend)]
+
+    right = [answer(problem) for problem in problems]
+    found: dict[int, list[list[Tensor]]] = {}
+
+    def work(i: int) -> None:
+        found[i] = [answer(problems[i]) for _ in range(10)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for i, expected in enumerate(right):
+        assert all(all(map(torch.equal, again, expected)) for again in found[i])
+
+
+@pytest.mark.parametrize("backend", ["numba", "cpp"])
+def test_gil_is_released(backend: str) -> None:
+    """A Python thread runs while a kernel does."""
+    problem = chain(8, 3000, 64, seed=5)
+    problem(ops.crf_log_partition, backend)
+    ticks, done = [0], threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.001):
+            ticks[0] += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    seen = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(5):
+            start = ticks[0]
+            problem(ops.crf_log_partition, backend)
+            seen.append(ticks[0] - start)
+    finally:
+        torch.set_num_threads(before)
+        done.set()
+        thread.join()
+    assert max(seen) > 2
+
+
+GPU_SHAPES = [(64, 256, 9), (99, 512, 32), (32, 128, 128), (16, 64, 512), (4, 33, 1024), (1, 20000, 9)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+def test_large_shapes_on_a_gpu(shape: tuple[int, int, int]) -> None:
+    problem = chain(*shape, live="holes", seed=6)
+    truth = exact(problem, np.float64)
+    leaves = problem.to("cuda").leaves()
+    value = leaves(ops.crf_nll, "triton")
+    assert_within("nll", value, truth.value(NLL), 9 * unit(torch.float32) * (truth.size_z + truth.size_score))
+    grads = torch.autograd.grad(value.sum(), leaves.scores())
+    right, sizes = truth.gradients(NLL, np.ones(shape[0]))
+    worst = 2 * min(shape[1], 1000) * (shape[2] + 8) * unit(torch.float32)
+    for name, grad, true, size in zip(("emissions", "transitions", "start", "end"), grads, right, sizes, strict=True):
+        assert_within(name, grad, true, worst * size)
+    score, path = problem.to("cuda")(ops.viterbi, "triton")
+    assert_within("best", score, truth.best, 2 * unit(torch.float32) * abs(truth.best))
+    assert (path.cpu().numpy() == truth.path).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_no_host_synchronisation_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither forward, backward nor decoding waits for the device; PYSEQ_CHECK=1 does, and raises."""
+    problem = chain(4, 6, 5, live="holes").to("cuda").leaves()
+    problem(ops.crf_nll, "triton").sum().backward()
+    problem(ops.viterbi, "triton")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        problem(ops.crf_nll, "triton").sum().backward()
+        problem(ops.viterbi, "triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    monkeypatch.setenv("PYSEQ_CHECK", "1")
+    bad = problem.replace(tags=torch.full((4, 6), 9, device="cuda"))
+    with pytest.raises(ValueError, match="tags must lie in"):
+        bad(ops.crf_nll, "triton")
+
+
+def test_public_path_is_silent() -> None:
+    """A raw op called on a tensor that requires grad warns or loses the gradient; the public ones never do."""
+    for backend in CPU:
+        leaves = chain(3, 4, 5, live="holes").leaves()
+        for op in (ops.crf_nll, ops.crf_score, ops.crf_log_partition, ops.crf_marginals):
+            value = leaves(op, backend)
+            assert value.requires_grad
+            value.sum().backward()
+        with torch.no_grad():
+            assert not leaves(ops.crf_nll, backend).requires_grad
+        score, _ = leaves(ops.viterbi, backend)
+        assert not score.requires_grad
+        assert math.isfinite(score.sum())

@@ -1,0 +1,272 @@
+"""Scores that break a scaled recursion: deficits, underflow, overflow, NaN, length; and which branch served them."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pyseq import ops
+from pyseq.kernels.common import NLL, PARTITION
+from pyseq.testing import NEG_INF, ROOM_FOR_ERROR, Chain, Known, assert_within, chain, exact, mixed, recorded_paths, run
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def path_chain(*rows: Any, transitions: Any, start: Any = None, end: Any = None, tags: Any = None) -> Chain:
+    """Sequences of one length from nested lists; a gold path of zeros unless given."""
+    emissions = torch.tensor(rows, dtype=torch.float32)
+    ends = (None if x is None else torch.tensor(x, dtype=torch.float32) for x in (start, end))
+    labels = torch.zeros(emissions.shape[:2], dtype=torch.int64) if tags is None else torch.tensor(tags)
+    return Chain(emissions, torch.tensor(transitions, dtype=torch.float32), next(ends), next(ends), labels)
+
+
+def only_legal() -> Chain:
+    """A state 100 nats down becomes the only legal one."""
+    return path_chain([[0, -100], [0, 0]], transitions=[[0, NEG_INF], [NEG_INF, 0]], end=[NEG_INF, 0], tags=[[1, 1]])
+
+
+def regains(down: float, up: float, steps: int) -> Chain:
+    """Tag 2 starts `down` nats down, is entered from elsewhere at -300, and regains `up` nats on each step."""
+    rows = [[0, 0, -down], *[[0, 0, up]] * steps]
+    away = [[0, 0, -300], [0, 0, -300], [-300, -300, 0]]
+    return path_chain(rows, transitions=away, start=[math.log(3), math.log(3), 0])
+
+
+def left_to_right() -> Chain:
+    """Five forced hops of -30: the deficits add up. There are C(39, 5) paths of -150."""
+    hop = torch.full((6, 6), NEG_INF).fill_diagonal_(0)
+    hop[range(5), range(1, 6)] = -30
+    gold = [[0] * 35 + [1, 2, 3, 4, 5]]
+    first, last = [0, *[NEG_INF] * 5], [*[NEG_INF] * 5, 0]
+    return path_chain([[0] * 6] * 40, transitions=hop.tolist(), start=first, end=last, tags=gold)
+
+
+def unreachable(steps: int, up: float = 100.0, batch: int = 1) -> Chain:
+    """A tag that no path reaches gains at every step; seen backwards, its weight grows without bound."""
+    rows = [[[0, up]] * steps] * batch
+    return path_chain(*rows, transitions=[[0, NEG_INF], [0, 0]], start=[0, NEG_INF])
+
+
+def valley() -> Chain:
+    """Tag 1 is 150 nats down after step 2 and, seen from the end, before step 5; it gains 310 between."""
+    rows = [[0, -150], [0, 0], [0, 155], [0, 155], [0, 0], [0, -150]]
+    return path_chain(rows, transitions=[[0, -400], [-400, 0]], tags=[[1] * 6])
+
+
+def normalised() -> Chain:
+    """Log-softmax scores: log Z is about 0 after 4000 steps, so its rounding errors are large beside it."""
+    problem = chain(1, 4000, 9, boundaries=False, scale=3.0, seed=8)
+    return problem.replace(emissions=problem.emissions.log_softmax(2), transitions=torch.zeros(9, 9))
+
+
+def shifted(by: float, scale: float = 1.0, time: int = 5) -> Chain:
+    problem = chain(3, time, 5, seed=9, scale=scale)
+    return problem.replace(emissions=problem.emissions + by)
+
+
+def sentinels() -> Chain:
+    """What stands for -inf in many programs: finite, and far beyond any score."""
+    problem = chain(3, 5, 5, seed=9)
+    assert problem.tags is not None
+    gone = torch.rand(3, 5, 5, generator=torch.Generator().manual_seed(3)) < 0.5
+    gone.scatter_(2, problem.tags.unsqueeze(2), False)
+    return problem.replace(emissions=problem.emissions.masked_fill(gone, -1e30))
+
+
+# log Z where facts about it are known, and the branch (of cpp, numba) that must have served: 0 fast, 2 or 1 logs
+HOSTILE: dict[str, tuple[Callable[[], Chain], float | None, int, int]] = {
+    "only legal": (only_legal, -100.0, 1, 0),
+    "95 down": (lambda: regains(95, 25, 4), math.log(math.exp(5) + 96), 1, 0),
+    "100 down": (lambda: regains(100, 50, 3), 50 + math.log1p(48 * math.exp(-50)), 1, 0),
+    "left to right": (left_to_right, math.log(math.comb(39, 5)) - 150, 1, 0),
+    "unreachable": (lambda: unreachable(3), 0.0, 1, 0),
+    "unreachable, long": (lambda: unreachable(12), 0.0, 1, 0),
+    "valley": (valley, 10 + math.log1p(math.exp(-10)), 1, 0),
+    "deep valley": (lambda: valley().map(lambda x: x * 6 if x.is_floating_point() else x), 60.0, 2, 1),
+    "normalised": (normalised, 0.0, 1, 0),
+    "hundreds of nats": (lambda: shifted(0, 60.0), None, 1, 0),
+    "thousands of nats": (lambda: shifted(0, 3000.0), None, 2, 1),
+    "beyond 2^10": (lambda: shifted(1500.0), None, 1, 0),
+    "beyond 2^19": (lambda: shifted(-6e5), None, 2, 0),
+    "finite sentinels": (sentinels, None, 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_scores(name: str, target: Any) -> None:
+    _, log_z, cpp_path, numba_path = HOSTILE[name]
+    known = hostile(name)
+    target.spare(known.problem.emissions[..., 0].numel(), 15)
+    if log_z is not None:
+        bound = 4 * known.u * known.truth.size_z.max()  # start scores and steps are rounded to float32
+        assert abs(known.truth.log_z - log_z).max() <= bound + (1e-4 if name == "normalised" else 0)
+    long = known.problem.emissions.size(1) > 1000
+    if long and target.backend == "reference":
+        pytest.skip("the loop in Python takes too long")
+    kinds = (PARTITION,) if long else target.kinds
+    with contextlib.ExitStack() as stack:
+        if target.backend != "reference":
+            paths = stack.enter_context(recorded_paths(target.backend))
+        known.check(known.problem.to(target.device), target.backend, kinds)
+    expected = {"cpp": cpp_path, "numba": numba_path}.get(target.backend)
+    if expected is not None:
+        assert max(int(p.max()) for p in paths) == expected
+    if not long and not target.interpreted:
+        hostile(name, wide=True).check(known.problem.double().to(target.device), target.backend, kinds)
+
+
+@functools.cache
+def hostile(name: str, wide: bool = False) -> Known:
+    problem = HOSTILE[name][0]()
+    return Known(problem.double() if wide else problem)
+
+
+def deficit(source: str, regain: str, depth: float, steps: int) -> Chain:
+    """Tag 2 falls `depth` nats behind at the first step or on its way in, and catches up in `steps`, or at the end."""
+    time = steps + 2
+    problem = chain(2, time, 3, seed=16)
+    assert problem.start is not None
+    assert problem.end is not None
+    emissions, transitions, start, end = problem.emissions, problem.transitions, problem.start, problem.end
+    transitions[:2, 2] = -depth if source == "transitions" else NEG_INF
+    if source == "transitions":
+        start[2] = NEG_INF
+    if source == "start":
+        start[2] -= depth
+    if source == "emissions":
+        emissions[:, 0, 2] -= depth
+    if regain == "emissions":
+        emissions[:, 2:, 2] += depth / steps
+    if regain == "transitions":
+        transitions[2, 2] += depth / steps
+    if regain == "end":
+        end[2] += depth
+    return problem.replace(tags=torch.full((2, time), 2 if source != "transitions" else 0))
+
+
+@pytest.mark.parametrize("regain", ["emissions", "transitions", "end", "nothing"])
+@pytest.mark.parametrize("source", ["emissions", "transitions", "start"])
+def test_deficit_and_regain(source: str, regain: str, target: Any) -> None:
+    target.spare(6 if (source, regain) == ("start", "end") else 17)
+    for depth in (95,) if target.interpreted else (50, 70, 80, 90, 110, 140, 300, 690, 720, 760, 1500):
+        for steps in (1,) if target.interpreted else (1, 3, 9):
+            known = deficit_known(source, regain, depth, steps)
+            known.check(known.problem.to(target.device), target.backend, (PARTITION,) if depth != 95 else (NLL,))
+
+
+@functools.cache
+def deficit_known(*args: Any) -> Known:
+    return Known(deficit(*args))
+
+
+@functools.cache
+def patchwork(seed: int) -> Known:
+    """Scores from a short list of hostile ones, in every input, constant over stretches of time."""
+    generator = torch.Generator().manual_seed(seed)
+    hostile = [20, -20, 45, -70, 95, -95, -150, 350, -710, -760, NEG_INF, NEG_INF]
+    levels = torch.tensor([0.0] * 5 + [1, -1, *hostile])
+    tags = int(torch.randint(2, 6, (), generator=generator))
+
+    def pick(*shape: int) -> Tensor:
+        rare = torch.rand(shape, generator=generator) < (0.15, 0.4, 0.9)[seed % 3]
+        return torch.where(rare, levels[torch.randint(len(levels), shape, generator=generator)], 0.0)
+
+    emissions = pick(9, 3, tags).repeat_interleave(1 + seed % 4, 1)
+    emissions += 0.1 * torch.randn(emissions.shape, generator=generator)
+    labels = torch.randint(tags, emissions.shape[:2], generator=generator)
+    return Known(Chain(emissions, pick(tags, tags), pick(tags), pick(tags), labels))
+
+
+@pytest.mark.parametrize("seed", [*range(40), 212])  # 212: a product of two factors underflows, neither does alone
+def test_patchwork(seed: int, target: Any) -> None:
+    target.spare(17)
+    known = patchwork(seed)
+    known.check(known.problem.to(target.device), target.backend, (PARTITION, NLL))
+
+
+@pytest.mark.parametrize("total", [87.8, 88.2, 88.6, 88.7, 89.0, 355.0, 707.9, 708.5, 709.1, 709.7, 710.3])
+def test_unreachable_tag_at_the_edge_of_a_format(total: float, target: Any) -> None:
+    """Its weight, seen backwards, comes within a factor of the largest number: no NaN where it meets a weight of 0."""
+    steps, batch = (3, 2) if target.interpreted else (11, 9)
+    target.spare(6 if total in (88.6, 709.7) else 17)
+    problem = unreachable(steps, total / (steps - 1), batch)
+    for here in (problem, problem.double()):
+        known = Known(here)
+        known.check(here.to(target.device), target.backend, target.kinds)
+
+
+def test_mixed_tiers(target: Any) -> None:
+    known = Known(mixed())
+    target.spare(66)
+    if target.backend == "reference":
+        pytest.skip("has one tier")
+    with recorded_paths(target.backend) as paths:
+        known.check(known.problem.to(target.device), target.backend)
+    ran = {int(p) for call in paths for p in call}
+    assert ran == ({0, 1} if target.backend == "numba" else {0, 1, 2})
+
+
+@pytest.mark.parametrize("where", [2, 3, 4, 8])
+def test_nan_stays_in_its_sequence(where: int, target: Any) -> None:
+    """Neighbours in every tier keep their bits; the poisoned sequence says NaN."""
+    problem = mixed()
+    if target.interpreted:
+        target.spare(9 if where == 3 else 17)
+        problem = problem.replace(
+            emissions=problem.emissions[2:5, :3], tags=None if problem.tags is None else problem.tags[2:5, :3]
+        )
+        where -= 2
+    others = torch.arange(len(problem.emissions)) != where
+    emissions = problem.emissions.clone()
+    emissions[where, 2, 3] = math.nan
+    clean, bad = problem.to(target.device), problem.replace(emissions=emissions).to(target.device)
+    for kind in (PARTITION, NLL):
+        value, grads = run(clean, kind, target.backend, "each")
+        again, spoilt = run(bad, kind, target.backend, "each")
+        assert grads[0] is not None
+        assert spoilt[0] is not None
+        assert again[where].isnan()
+        assert torch.equal(again.cpu()[others], value.cpu()[others])
+        assert torch.equal(spoilt[0].cpu()[others], grads[0].cpu()[others])
+    score, path = clean(ops.viterbi, target.backend)
+    again, spoilt_path = bad(ops.viterbi, target.backend)
+    assert again[where].isnan()
+    assert spoilt_path[where].tolist() == [-1] * path.size(1)
+    assert torch.equal(again.cpu()[others], score.cpu()[others])
+    assert torch.equal(spoilt_path.cpu()[others], path.cpu()[others])
+
+
+@pytest.mark.parametrize("where", ["transitions", "start", "end"])
+def test_nan_parameters(where: str, target: Any) -> None:
+    """Every sequence that reads the parameter says NaN; one of a single step reads no transition."""
+    problem = chain(4, 3, 3, seed=11).replace(lengths=torch.tensor([3, 1, 0, 2]))
+    target.spare(6)
+    getattr(problem, where)[1] = math.nan
+    placed = problem.to(target.device)
+    expected = [True, where != "transitions", False, True]
+    assert placed(ops.crf_log_partition, target.backend).isnan().tolist() == expected
+    score, path = placed(ops.viterbi, target.backend)
+    assert score.isnan().tolist() == expected
+    assert (path[torch.tensor(expected)] == -1).all()
+
+
+@pytest.mark.parametrize("target_backend", ["numba", "cpp", pytest.param("triton", marks=pytest.mark.gpu)])
+def test_a_hundred_thousand_steps(target_backend: str) -> None:
+    """Errors do not add up over time: the budget of the posterior is that of the first thousand steps."""
+    problem = chain(1, 100_000, 9, seed=12)
+    truth = exact(problem, np.float64)
+    head = Known(problem.replace(emissions=problem.emissions[:, :1000], tags=None))
+    device = "cuda" if target_backend == "triton" else "cpu"
+    value, grads = run(problem.to(device), PARTITION, target_backend)
+    assert_within("value", value, truth.log_z, (ROOM_FOR_ERROR + 1) * head.u * truth.size_z)
+    assert grads[0] is not None
+    assert_within("marginals", grads[0], truth.expected[0], head.derived(PARTITION, "sum")[1])
+    score, path = problem.to(device)(ops.viterbi, target_backend)
+    assert_within("best", score, truth.best, 2 * head.u * abs(truth.best))
+    assert (path.cpu().numpy() == truth.path).all()
