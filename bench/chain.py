@@ -1,5 +1,6 @@
 """Linear-chain CRF: a training step and a decode, against pytorch-crf, torch-struct and cross-entropy."""
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy, pad
 import pyseq
 from pyseq import ops
 from pyseq.nn import CRF
+from pyseq.ops._backend import launcher
 from pyseq.reference import chain as reference
 
 PARAMETERS = ("transitions", "start", "end")
@@ -140,20 +142,24 @@ def fill(crf: Any, x: Tensors) -> tuple[Tensor, Tensor, Tensor]:
     return parameters
 
 
-def ours(backend: str, lists: bool = True) -> dict[str, Callable[[Tensors], Call]]:
-    """`pyseq.nn.CRF` on one backend, which each call names in the environment as `PYSEQ_BACKEND`."""
+def ours(backend: str, lists: bool = True, level: int = 0) -> dict[str, Callable[[Tensors], Call]]:
+    """`pyseq.nn.CRF` on one backend, which each call names in the environment as `PYSEQ_BACKEND`; level: of the C++."""
 
     def module(x: Tensors) -> CRF:
         if backend == "reference" and x["emissions"].size(1) > 4096:
             raise Unavailable("the reference is the oracle, too slow to time at this length")
         if reasons := pyseq.explain(ops.crf_nll, x["emissions"])[backend]:
             raise Unavailable("; ".join(reasons))
+        if level and level >= importlib.import_module("pyseq._C").cpu_level():
+            raise Unavailable("this CPU has no higher level")
         crf = CRF(x["transitions"].size(0), batch_first=True).to(x["emissions"].device)
         fill(crf, x)
         return crf
 
     def forced(method: Callable[..., Any], *args: Any) -> Any:
         os.environ["PYSEQ_BACKEND"] = backend
+        if backend == "cpp":
+            launcher("chain", "cpp").LEVEL = level
         return method(*args)
 
     def loss(x: Tensors) -> Call:
@@ -243,6 +249,7 @@ ROOM = Room(
             yardstick=Mode("cross-entropy", plain_cross_entropy, plain_cross_entropy, loss_work),
         ),
         *(Provider(name, "pyseq", ours(backend), ours=True) for name, backend in OURS.items()),
+        Provider("pyseq cpp (AVX2)", "pyseq", ours("cpp", level=3), ours=True),
         *(Provider(f"{name} (tensors)", "pyseq", ours(OURS[name], lists=False), True) for name in list(OURS)[1:]),
     ),
     unit="tokens",

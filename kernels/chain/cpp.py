@@ -9,7 +9,7 @@ from pyseq import _C
 
 _CRF = {torch.float32: _C.crf_float, torch.float64: _C.crf_double}
 _VITERBI = {torch.float32: _C.viterbi_float, torch.float64: _C.viterbi_double}
-_LEVEL = int(os.environ.get("PYSEQ_CPU_LEVEL", "0"))  # 2, 3 or 4 forces an instruction set level, 0 takes the best
+LEVEL = int(os.environ.get("PYSEQ_CPU_LEVEL", "0"))  # 2, 3 or 4 forces an instruction set level, 0 takes the best
 
 
 def _address(x: Tensor | None) -> int:
@@ -30,7 +30,7 @@ def crf(
     value: Tensor,
     grads: list[Tensor] | None,
     paths: Tensor | None = None,
-    level: int = _LEVEL,
+    level: int = 0,
 ) -> int:
     """Value and, where `grads` are given, weighted gradients.
 
@@ -59,7 +59,7 @@ def crf(
         *map(_address, g_rest),
         _address(paths),
         torch.get_num_threads(),
-        level,
+        level or LEVEL,
     )
     return status
 
@@ -75,7 +75,7 @@ def viterbi(
     check: bool,
     scores: Tensor,
     path: Tensor,
-    level: int = _LEVEL,
+    level: int = 0,
 ) -> int:
     """Best scores and paths; `tags` is not read."""
     status: int = _VITERBI[transitions.dtype](
@@ -92,6 +92,6 @@ def viterbi(
         scores.data_ptr(),
         path.data_ptr(),
         torch.get_num_threads(),
-        level,
+        level or LEVEL,
     )
     return status

@@ -130,7 +130,8 @@ class CRF(nn.Module):
         live = chain[4]
         if live is None:
             return path.tolist()  # type: ignore[no-any-return]
-        flat, counts = path[live].tolist(), live.sum(1).tolist()
+        live = live.cpu()  # NumPy selects several times faster than torch
+        flat, counts = path.cpu().numpy()[live.numpy()].tolist(), live.sum(1).tolist()
         return [flat[stop - count : stop] for count, stop in zip(counts, accumulate(counts), strict=True)]
 
     def viterbi(self, emissions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
