@@ -223,6 +223,13 @@ def cross_entropy_loss(x: Tensors) -> Call:
     return step(lambda: cross_entropy(emissions.flatten(0, 1), target, reduction="sum"), emissions)
 
 
+def cross_entropy_transposed_loss(x: Tensors) -> Call:
+    """Classes in the second dimension, a view: torch's fastest form on the CPU."""
+    emissions = x["emissions"].requires_grad_()
+    target = x["tags"].masked_fill(~x["mask"], -100)
+    return step(lambda: cross_entropy(emissions.transpose(1, 2), target, reduction="sum"), emissions)
+
+
 def plain_cross_entropy(x: Tensors) -> Tensors:
     logs = x["emissions"] - x["emissions"].exp().sum(2, keepdim=True).log()
     hot = torch.zeros_like(logs).scatter_(2, x["tags"].unsqueeze(2), 1.0)
@@ -246,6 +253,12 @@ ROOM = Room(
             "F.cross_entropy",
             "torch",
             {"loss": cross_entropy_loss},
+            yardstick=Mode("cross-entropy", plain_cross_entropy, plain_cross_entropy, loss_work),
+        ),
+        Provider(
+            "F.cross_entropy (B, K, T)",
+            "torch",
+            {"loss": cross_entropy_transposed_loss},
             yardstick=Mode("cross-entropy", plain_cross_entropy, plain_cross_entropy, loss_work),
         ),
         *(Provider(name, "pyseq", ours(backend), ours=True) for name, backend in OURS.items()),

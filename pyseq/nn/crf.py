@@ -156,6 +156,9 @@ class CRF(nn.Module):
         return marginals if self.batch_first else marginals.transpose(0, 1)
 
     def _validate(self, emissions: Tensor, tags: Tensor | None, mask: Tensor | None) -> None:
+        for what, given in (("emissions", emissions), ("tags", tags), ("mask", mask)):
+            if not isinstance(given, Tensor) and (given is not None or what == "emissions"):
+                raise TypeError(f"{what} must be a tensor, got {type(given).__name__}")
         if emissions.dim() != 3:
             raise ValueError(f"emissions must have dimension of 3, got {emissions.dim()}")
         *shape, num_tags = emissions.shape

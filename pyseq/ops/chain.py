@@ -375,7 +375,8 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Optional, ...]:  # type: ignore[override]
-        chain, grads = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor only once
+        chain, grads = saved[:7], saved[7:]
         if torch.is_grad_enabled():  # create_graph=True
             return (*_reference_grad(ctx, _reference(ctx.options[0], chain), chain, upstream), *[None] * 6)
         if upstream.numel() and _uniform(upstream):

@@ -855,3 +855,10 @@ class TestParameterGroups:
         for name, plain, scaled in zip(names, *moves, strict=True):
             factor = 100 if name.startswith("crf.") else 1
             assert_close(scaled, factor * plain, 4 * 100)
+
+
+@pytest.mark.parametrize(("name", "bad"), [("emissions", [[[0.0]]]), ("tags", [[0]]), ("mask", [[True]])])
+def test_what_is_no_tensor_is_named(name: str, bad: object) -> None:
+    given: dict[str, object] = {"emissions": torch.zeros(1, 1, 1), "tags": torch.zeros(1, 1, dtype=torch.int64)}
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+        CRF(1, batch_first=True).nll(**{**given, name: bad})  # type: ignore[arg-type]

@@ -575,3 +575,19 @@ def test_public_path_is_silent() -> None:
         score, _ = leaves(ops.viterbi, backend)
         assert not score.requires_grad
         assert math.isfinite(score.sum())
+
+
+@pytest.mark.parametrize("backend", ["numba", "cpp"])
+def test_activation_checkpointing(backend: Any) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    emissions, transitions = torch.randn(3, 5, 4, requires_grad=True), torch.randn(4, 4)
+    tags = torch.randint(4, (3, 5))
+
+    def loss(x: Tensor) -> Tensor:
+        return ops.crf_nll(x, transitions, tags, backend=backend).sum()
+
+    (expected,) = torch.autograd.grad(loss(emissions), emissions)
+    emissions.grad = None
+    checkpoint(loss, emissions, use_reentrant=False).backward()
+    assert torch.equal(emissions.grad, expected)  # type: ignore[arg-type]
