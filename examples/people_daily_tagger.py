@@ -4,8 +4,8 @@ Both heads see the same seed, encoder, batches and number of steps; they train s
 own. Scores are on whole lines of the test split, which is tagged once, by the epoch with the best entity F1 on the
 validation split. A token is a character. See `pyseq.data.people_daily`.
 
-Learning rate, dropout and multiplier were chosen on the validation split with the CRF head; the softmax head has the same
-settings without a search of its own, so its row may be undersold.
+Learning rate, dropout and multiplier were chosen on the validation split with the CRF head; the softmax head has the
+same settings without a search of its own, so its row may be undersold.
 """
 
 import argparse
