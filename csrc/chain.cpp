@@ -15,7 +15,7 @@
 namespace pyseq {
 namespace {
 
-constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kInf = std::numeric_limits<double>::infinity(), kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kGrain = 1 << 18;  // multiply-adds below which a second thread does not pay
 
 struct Free {
@@ -45,7 +45,7 @@ template <class T> struct Rows {
   int read(const ChainArgs<T>& args) {
     all.reserve(args.batch);
     for (int64_t b = 0; b < args.batch; ++b) {
-      Row row{b, args.time, nullptr, 0.0, false};
+      Row row{b, args.time, nullptr, 0.0, false, false};
       if (args.mask) {
         const uint8_t* mask = args.mask + b * args.time;
         int64_t live = 0, first_gap = args.time;
@@ -61,7 +61,8 @@ template <class T> struct Rows {
         }
       } else if (args.lengths) {
         row.length = args.lengths[b];
-        if (args.check && (row.length < 0 || row.length > args.time)) return kBadLength;
+        row.lost = row.length < 0 || row.length > args.time;
+        if (row.lost && args.check) return kBadLength;
         row.length = std::min(std::max<int64_t>(row.length, 0), args.time);
       }
       all.push_back(row);
@@ -89,43 +90,49 @@ template <class T> struct Chain {
   double end(int64_t j) const { return args.end ? double(args.end[j]) : 0.0; }
   double weight(const Row& row) const { return args.weights ? double(args.weights[row.index]) : 1.0; }
 
-  // Gold score; false for a label out of range.
-  bool read_gold(Row& row) const {
+  void read_gold(Row& row) const {
     double score = 0;
     for (int64_t k = 0, before = 0; k < row.length; ++k) {
       const int64_t y = label(row, k);
-      if (args.check && y != args.labels[row.index * args.time + row.step(k)]) return false;
+      row.lost |= y != args.labels[row.index * args.time + row.step(k)];
       score += double(emission(row, k)[y]) + (k ? transition(before, y) : start(y));
       before = y;
     }
     row.score = row.length ? score + end(label(row, row.length - 1)) : 0.0;
-    return true;
+    if (row.score == kInf) row.score = kNaN;
   }
 
   void clear_absent(const Row& row) const {
-    for (int64_t t = 0, k = 0; t < args.time; ++t) {
-      if (k < row.length && row.step(k) == t)
-        ++k;
+    for (int64_t t = 0, k = 0; t < args.time;) {
+      if (k < row.length && row.step(k) == t) {
+        t = row.at ? t + 1 : row.length;
+        k = row.at ? k + 1 : row.length;
+        continue;
+      }
+      const int64_t next = k < row.length ? row.step(k) : args.time;
+      if (args.grad_stride_time == args.tags)
+        std::memset(gradient(row, t), 0, (next - t) * args.tags * sizeof(T));
       else
-        std::memset(gradient(row, t), 0, args.tags * sizeof(T));
+        for (int64_t s = t; s < next; ++s) std::memset(gradient(row, s), 0, args.tags * sizeof(T));
+      t = next;
     }
   }
 
-  // Sequences that need no sweep: empty ones, forbidden gold paths, and all of a plain score.
+  // Sequences that need no sweep: lost and empty ones, forbidden gold paths, and all of a plain score.
   void settle(Row& row) const {
     const bool forbidden = args.kind != kPartition && row.score == -kInf;
-    row.done = row.length == 0 || args.kind == kScore || forbidden;
+    row.done = row.lost || row.length == 0 || args.kind == kScore || forbidden;
     if (!row.done) return;
-    args.value[row.index] = T(args.kind == kScore ? row.score : forbidden ? kInf : 0.0);
+    args.value[row.index] = T(row.lost ? kNaN : args.kind == kScore ? row.score : forbidden ? kInf : 0.0);
     if (args.grads())
-      for (int64_t k = 0; k < row.length; ++k) std::memset(gradient(row, row.step(k)), 0, args.tags * sizeof(T));
-    if (args.grads() && !forbidden)
+      for (int64_t k = 0; k < row.length; ++k) std::fill_n(gradient(row, row.step(k)), args.tags, T(row.lost ? kNaN : 0.0));
+    if (args.grads() && !forbidden && !row.lost)
       for (int64_t k = 0; k < row.length; ++k) gradient(row, row.step(k))[label(row, k)] = T(weight(row));
   }
 
-  // Add `factor` times the gold path's counts.
-  void add_gold(const Row& row, double factor, double* counts, double* first, double* last) const {
-    for (int64_t k = 1; k < row.length; ++k) counts[label(row, k - 1) * args.tags + label(row, k)] += factor;
+  // Add `factor` times the gold path's counts; `padded` is the row stride of `counts`.
+  void add_gold(const Row& row, double factor, double* counts, int64_t padded, double* first, double* last) const {
+    for (int64_t k = 1; k < row.length; ++k) counts[label(row, k - 1) * padded + label(row, k)] += factor;
     first[label(row, 0)] += factor;
     last[label(row, row.length - 1)] += factor;
   }
@@ -180,7 +187,7 @@ template <class T> struct Chain {
       bring_to_zero(before.data(), tags);
       beta.swap(before);
     }
-    if (args.kind == kNll) add_gold(row, -w, counts, first, last);
+    if (args.kind == kNll) add_gold(row, -w, counts, tags, first, last);
   }
 
   // Subtracts the largest and returns it; 0 where there is none.
@@ -202,6 +209,7 @@ template <class T> struct Chain {
 
 // Columns of the panel that starts where `left` padded columns remain; kernels walk panels by the same rule.
 int64_t panel_width(int64_t left, int lanes, int panel) {
+  if (panel == 0) return left;
   return left >= panel * lanes ? panel * lanes : panel == 3 && left == 2 * lanes ? 2 * lanes : lanes;
 }
 
@@ -252,35 +260,44 @@ template <class C, class T> struct Tables {
   }
 };
 
-// Rows that share a sweep: more of them reuse the tables better, fewer keep more threads busy. A function of the batch
-// alone, so that sums do not depend on the threads.
+// Rows that share a sweep with tags in the lanes: more of them reuse the tables better, fewer keep more threads busy. Like
+// all grouping a function of the batch alone, so that sums do not depend on the threads.
 int group_rows(int64_t rows) { return rows >= 16 ? kGroupRows : rows >= 8 ? 4 : rows >= 4 ? 2 : 1; }
 
-int threads_for(const std::vector<Row>& rows, int64_t tags, int threads) {
+// How many of the rows, longest first, are done with one in each lane: none where there are many tags, and no last group
+// so empty that the tapes of absent rows would outgrow three times the emissions.
+int64_t rows_in_lanes(int64_t rows, int64_t tags, int64_t most_tags, int64_t lanes) {
+  if (tags > most_tags) return 0;
+  const int64_t full = rows / lanes * lanes;
+  return 8 * (full + lanes) <= 11 * rows ? rows : full;
+}
+
+int threads_for(const Row* rows, int64_t count, int64_t tags, int threads) {
   int64_t work = 0;
-  for (const Row& row : rows) work += row.done ? 0 : row.length * tags * (tags + 16);
+  for (int64_t i = 0; i < count; ++i) work += rows[i].done ? 0 : rows[i].length * tags * (tags + 16);
   return work < kGrain ? 1 : threads;
 }
 
-// Sweep the rows of one tier; returns those it could not do. Counts are added in the order of the groups.
-template <class C, class T, class Kernel>
-std::vector<Row> sweep(
-    const Chain<T>& chain, const ChainLevel<T>& level, Kernel kernel, int lanes, const std::vector<Row>& rows, int32_t path,
-    double* counts, double* first, double* last) {
+// Sweep the rows of one tier with one kernel; appends those it could not do. Sums are added in the order of the groups.
+template <class C, class T>
+void sweep(
+    const Chain<T>& chain, const ChainSweep<T, C>& kernel, const Row* rows, int64_t count, int size, int32_t path, double* counts,
+    double* first, double* last, std::vector<Row>& left) {
+  if (count == 0) return;
   const ChainArgs<T>& args = chain.args;
-  const Tables<C, T> tables(args, lanes, level.panel);
-  if (!tables.usable || rows.empty()) return rows;
-  const int64_t tags = args.tags, padded = tables.view.padded;
-  const int size = group_rows(rows.size());
-  const int64_t groups = (rows.size() + size - 1) / size;
+  const Tables<C, T> tables(args, kernel.lanes, kernel.panel);
+  if (!tables.usable) {
+    left.insert(left.end(), rows, rows + count);
+    return;
+  }
+  const int64_t tags = args.tags, padded = tables.view.padded, groups = (count + size - 1) / size;
   const bool grads = args.grads();
-  std::vector<Row> left;
   std::vector<C> factors;
   if (grads) {
     factors.resize(tags * tags);
     for (int64_t x = 0; x < tags * tags; ++x) factors[x] = C(tables.factor(args, x / tags, x % tags));
   }
-  const int threads = static_cast<int>(std::min<int64_t>(threads_for(rows, tags, args.threads), groups));
+  const int threads = static_cast<int>(std::min<int64_t>(threads_for(rows, count, tags, args.threads), groups));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Block scratch, sums;
@@ -292,25 +309,26 @@ std::vector<Row> sweep(
     size_t held = 0;
 #pragma omp for ordered schedule(static, 1)
     for (int64_t g = 0; g < groups; ++g) {
-      const Row* group = rows.data() + g * size;
-      const int here = static_cast<int>(std::min<int64_t>(size, rows.size() - g * size));
-      const size_t bytes = level.scratch_bytes(here, group[0].length, padded, sizeof(C), grads);
+      const Row* group = rows + g * size;
+      const int here = static_cast<int>(std::min<int64_t>(size, count - g * size));
+      const size_t bytes = kernel.scratch_bytes(here, group[0].length, padded, sizeof(C), grads);
       if (bytes > held) scratch = allocate(held = bytes);
-      kernel(args, tables.view, group, here, scratch.get(), out);
+      kernel.run(args, tables.view, group, here, scratch.get(), out);
+      if (grads)
+        for (int64_t i = 0; i < tags; ++i)
+          for (int64_t j = 0; j < tags; ++j) out.counts[i * padded + j] *= factors[i * tags + j];
+      for (int r = 0; r < here; ++r) {
+        if (out.flagged[r]) continue;
+        if (args.paths) args.paths[group[r].index] = path;
+        if (grads && args.kind == kNll) chain.add_gold(group[r], -chain.weight(group[r]), out.counts, padded, out.first, out.last);
+      }
 #pragma omp ordered
       {
-        for (int r = 0; r < here; ++r) {
-          if (out.flagged[r]) {
-            left.push_back(group[r]);
-            continue;
-          }
-          if (args.paths) args.paths[group[r].index] = path;
-          if (grads && args.kind == kNll)
-            chain.add_gold(group[r], -chain.weight(group[r]), counts, first, last);
-        }
+        for (int r = 0; r < here; ++r)
+          if (out.flagged[r]) left.push_back(group[r]);
         if (grads) {
           for (int64_t i = 0; i < tags; ++i)
-            for (int64_t j = 0; j < tags; ++j) counts[i * tags + j] += out.counts[i * padded + j] * factors[i * tags + j];
+            for (int64_t j = 0; j < tags; ++j) counts[i * tags + j] += out.counts[i * padded + j];
           for (int64_t j = 0; j < tags; ++j) {
             first[j] += out.first[j];
             last[j] += out.last[j];
@@ -319,7 +337,64 @@ std::vector<Row> sweep(
       }
     }
   }
+}
+
+// The rows of one tier; returns those it could not do.
+template <class C, class T>
+std::vector<Row> serve(
+    const Chain<T>& chain, int lane_tags, const ChainSweep<T, C>& lanes, const ChainSweep<T, C>& plain,
+    const std::vector<Row>& rows, int32_t path, double* counts, double* first, double* last) {
+  std::vector<Row> left;
+  const int64_t count = rows.size(), some = rows_in_lanes(count, chain.args.tags, lane_tags, lanes.rows);
+  sweep<C>(chain, lanes, rows.data(), some, lanes.rows, path, counts, first, last, left);
+  sweep<C>(chain, plain, rows.data() + some, count - some, group_rows(count - some), path, counts, first, last, left);
   return left;
+}
+
+// Decode rows with one kernel, whose panels are `panel` vectors of `lanes` (0: all tags).
+template <class T>
+void decode(const ChainArgs<T>& args, ChainDecode<T> kernel, const Row* rows, int64_t count, int size, int lanes, int panel) {
+  if (count == 0) return;
+  const int64_t tags = args.tags, padded = (tags + lanes - 1) / lanes * lanes, beside = panel ? padded : kDecodeStride;
+  const Block block = allocate(sizeof(double) * ((padded + beside) * tags + 2 * padded));
+  double* forward = static_cast<double*>(block.get());
+  double *into = forward + tags * padded, *start = into + tags * beside, *end = start + padded;
+  std::fill(forward, start, -kInf);
+  std::fill_n(start, 2 * padded, 0.0);
+  bool nan = false;
+  for (int64_t j0 = 0; j0 < padded;) {
+    const int64_t step = panel_width(padded - j0, lanes, panel);
+    for (int64_t i = 0; i < tags; ++i)
+      for (int64_t j = j0; j < std::min(j0 + step, tags); ++j) {
+        const double g = args.transitions[i * tags + j];
+        nan |= !(g < kInf);
+        forward[j0 * tags + i * step + j - j0] = g;
+        into[panel ? j * beside + i : i * beside + j] = g;
+      }
+    j0 += step;
+  }
+  for (int64_t j = 0; j < tags; ++j) {
+    start[j] = args.start ? double(args.start[j]) : 0.0;
+    end[j] = args.end ? double(args.end[j]) : 0.0;
+  }
+  const double top = nan ? kNaN : 0.0;
+  const ChainTables<double> tables{tags, padded, nullptr, nullptr, start, end, top, 0, 0, forward, into};
+  const int64_t groups = (count + size - 1) / size;
+  const int threads = static_cast<int>(std::min<int64_t>(threads_for(rows, count, tags, args.threads), groups));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Block scratch;
+    size_t held = 0;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t g = 0; g < groups; ++g) {
+      const Row* group = rows + g * size;
+      const int here = static_cast<int>(std::min<int64_t>(size, count - g * size));
+      const int64_t across = panel ? here * padded : tags * size;  // scores of a step
+      const size_t bytes = sizeof(double) * across * (group[0].length + 1);
+      if (bytes > held) scratch = allocate(held = bytes);
+      kernel(args, tables, group, here, scratch.get());
+    }
+  }
 }
 
 }  // namespace
@@ -331,13 +406,14 @@ template <class T> int chain_crf(const ChainArgs<T>& args) {
   const int64_t tags = args.tags;
   const ChainLevel<T>& level = level_of<T>(cpu_level(args.level));
   std::atomic<bool> bad{false};
-  const int threads = threads_for(rows.all, tags, args.threads);
+  const int threads = threads_for(rows.all.data(), rows.all.size(), tags, args.threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (size_t i = 0; i < rows.all.size(); ++i) {
     Row& row = rows.all[i];
-    if (args.kind != kPartition && !chain.read_gold(row)) bad = true;
+    if (args.kind != kPartition) chain.read_gold(row);
+    if (row.lost && args.check) bad = true;
     if (args.grads()) chain.clear_absent(row);
-    if (!bad) chain.settle(row);
+    chain.settle(row);
   }
   if (bad) return kBadTag;
 
@@ -347,13 +423,14 @@ template <class T> int chain_crf(const ChainArgs<T>& args) {
   for (const Row& row : rows.all) {
     if (!row.done)
       todo.push_back(row);
+    else if (row.lost)
+      std::fill(sums.begin(), sums.end(), kNaN);
     else if (args.kind == kScore && args.grads() && row.length && row.score != -kInf)
-      chain.add_gold(row, chain.weight(row), counts, first, last);
+      chain.add_gold(row, chain.weight(row), counts, tags, first, last);
     if (args.paths) args.paths[row.index] = kFast;
   }
-  if (!todo.empty()) todo = sweep<T>(chain, level, level.narrow, level.lanes_narrow, todo, kFast, counts, first, last);
-  if (sizeof(T) == 4 && !todo.empty())
-    todo = sweep<double>(chain, level, level.wide, level.lanes_wide, todo, kWide, counts, first, last);
+  todo = serve<T>(chain, level.lane_tags, level.lanes, level.rows, todo, kFast, counts, first, last);
+  if (sizeof(T) == 4) todo = serve<double>(chain, level.lane_tags, level.lanes_wide, level.rows_wide, todo, kWide, counts, first, last);
   const int64_t left = todo.size();
 #pragma omp parallel num_threads(args.threads) if (left > 1 && args.threads > 1)
   {
@@ -382,53 +459,16 @@ template <class T> int chain_viterbi(const ChainArgs<T>& args) {
   Rows<T> rows;
   if (const int status = rows.read(args)) return status;
   const ChainLevel<T>& level = level_of<T>(cpu_level(args.level));
-  const int64_t tags = args.tags, lanes = level.lanes_wide, padded = (tags + lanes - 1) / lanes * lanes;
   std::fill_n(args.best_path, args.batch * args.time, int64_t{-1});
-  while (!rows.all.empty() && rows.all.back().length == 0) {
-    args.value[rows.all.back().index] = T(0);
-    rows.all.pop_back();
-  }
-  if (rows.all.empty()) return kOk;
-
-  Block block = allocate(sizeof(double) * padded * (2 * tags + 2));
-  double* forward = static_cast<double*>(block.get());
-  double *into = forward + tags * padded, *start = into + tags * padded, *end = start + padded;
-  std::fill_n(forward, 2 * tags * padded, -kInf);
-  std::fill_n(start, 2 * padded, 0.0);
-  bool nan = false;
-  for (int64_t j0 = 0; j0 < padded;) {
-    const int64_t step = panel_width(padded - j0, lanes, level.panel);
-    for (int64_t i = 0; i < tags; ++i)
-      for (int64_t j = j0; j < std::min(j0 + step, tags); ++j) {
-        const double g = args.transitions[i * tags + j];
-        nan |= g != g;
-        forward[j0 * tags + i * step + j - j0] = g;
-        into[j * padded + i] = g;
-      }
-    j0 += step;
-  }
-  for (int64_t j = 0; j < tags; ++j) {
-    start[j] = args.start ? double(args.start[j]) : 0.0;
-    end[j] = args.end ? double(args.end[j]) : 0.0;
-  }
-  const double top = nan ? std::nan("") : 0.0;
-  const ChainTables<double> tables{tags, padded, nullptr, nullptr, start, end, top, 0, 0, forward, into};
-  const int size = group_rows(rows.all.size());
-  const int64_t groups = (rows.all.size() + size - 1) / size;
-  const int threads = static_cast<int>(std::min<int64_t>(threads_for(rows.all, tags, args.threads), groups));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Block scratch;
-    size_t held = 0;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t g = 0; g < groups; ++g) {
-      const Row* group = rows.all.data() + g * size;
-      const int here = static_cast<int>(std::min<int64_t>(size, rows.all.size() - g * size));
-      const size_t bytes = level.scratch_bytes(here, group[0].length, padded, sizeof(double), false);
-      if (bytes > held) scratch = allocate(held = bytes);
-      level.viterbi(args, tables, group, here, scratch.get());
-    }
-  }
+  const auto settled = [&](const Row& row) {
+    if (row.lost || row.length == 0) args.value[row.index] = T(row.lost ? kNaN : 0.0);
+    return row.lost || row.length == 0;
+  };
+  rows.all.erase(std::remove_if(rows.all.begin(), rows.all.end(), settled), rows.all.end());
+  const int64_t count = rows.all.size(), some = rows_in_lanes(count, args.tags, level.lane_decode_tags, level.lanes_wide.rows);
+  const int64_t rest = count - some;
+  decode<T>(args, level.lanes_decode, rows.all.data(), some, level.lanes_wide.rows, 1, 0);
+  decode<T>(args, level.rows_decode, rows.all.data() + some, rest, group_rows(rest), level.rows_wide.lanes, level.rows_wide.panel);
   return kOk;
 }
 

@@ -45,34 +45,48 @@ struct Row {
   const int32_t* at;   // their positions; null means 0 .. length - 1
   double score;        // of the gold path
   bool done;           // value and gradients are already written
+  bool lost;           // a label or the length is out of range and nobody may raise: NaN is the answer
   __attribute__((always_inline)) int64_t step(int64_t k) const { return at ? at[k] : k; }
 };
 
-constexpr int kGroupRows = 8;  // rows that share one sweep
+constexpr int kGroupRows = 8;  // rows that share a sweep with tags in the lanes
+constexpr int kLaneTags = 24;  // most tags with one row in each lane
+constexpr int kDecodeStride = 16;  // of the transitions where such rows are decoded
+constexpr int kMaxRows = 16;   // lanes of the widest vector
 
-// What all groups of a call share, in the compute type C of a tier.
+// What all groups of a call share, in the compute type C of a tier. A panel is some columns of a matrix, row by row.
 template <class C> struct ChainTables {
   int64_t tags, padded;
-  const C *forward, *backward;  // exp(transitions - top) and its transpose, in panels of kTileVectors vectors
+  const C *forward, *backward;  // exp(transitions - top) and its transpose, in panels
   const C *start, *end;         // exp(start - start_top), exp(end - end_top), padded with zeros
   double top, start_top, end_top;
-  const double* raw_forward;    // Viterbi: transitions in panels; null otherwise
-  const double* raw_into;       // Viterbi: transitions by destination (tags, padded)
+  const double* raw_forward;  // Viterbi: transitions in panels; null otherwise
+  const double* raw_into;     // Viterbi: transitions by destination (tags, padded); in lanes by source (tags, kDecodeStride)
 };
 
 // One group's outcome. counts (tags, padded) and the two boundary sums (padded) are written, not added to.
 struct GroupResult {
-  bool flagged[kGroupRows];  // the row must be done again in a wider tier; nothing of it is in the sums
+  bool flagged[kMaxRows];  // the row must be done again in a wider tier; nothing of it is in the sums
   double *counts, *first, *last;
 };
 
-// Kernels of one instruction set level.
-template <class T> struct ChainLevel {
-  int lanes_narrow, lanes_wide, panel;  // vector lanes of T and of double; vectors in a panel
+// A forward-backward kernel: what it pads tags to, the vectors in a panel (0: all tags), and the rows in a group.
+template <class T, class C> struct ChainSweep {
+  int lanes, panel, rows;
   size_t (*scratch_bytes)(int64_t rows, int64_t time, int64_t padded, size_t element, bool grads);
-  void (*narrow)(const ChainArgs<T>&, const ChainTables<T>&, const Row*, int rows, void* scratch, GroupResult&);
-  void (*wide)(const ChainArgs<T>&, const ChainTables<double>&, const Row*, int rows, void* scratch, GroupResult&);
-  void (*viterbi)(const ChainArgs<T>&, const ChainTables<double>&, const Row*, int rows, void* scratch);
+  void (*run)(const ChainArgs<T>&, const ChainTables<C>&, const Row*, int rows, void* scratch, GroupResult&);
+};
+template <class T>
+using ChainDecode = void (*)(const ChainArgs<T>&, const ChainTables<double>&, const Row*, int rows, void* scratch);
+
+// Kernels of one instruction set level, in T and in double, and the most tags with which one row in each lane is faster.
+template <class T> struct ChainLevel {
+  int lane_tags, lane_decode_tags;
+  ChainSweep<T, T> rows;
+  ChainSweep<T, double> rows_wide;
+  ChainSweep<T, T> lanes;
+  ChainSweep<T, double> lanes_wide;
+  ChainDecode<T> rows_decode, lanes_decode;
 };
 
 extern const ChainLevel<float> chain_float_v2, chain_float_v3, chain_float_v4;

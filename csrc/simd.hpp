@@ -145,10 +145,19 @@ PYSEQ_INLINE void exp_split(Vec<double> x, Vec<double>& p, IVec<double>& n) {
   p = q * (r * r) + r + 1.0;
 }
 
-// x * 2^n for x >= 0, 0 where that is below the normal numbers; the result must not overflow.
-template <class C> PYSEQ_INLINE Vec<C> scale_by_power(Vec<C> x, IVec<C> n) {
-  const IVec<C> exponent = ((IVec<C>)x >> Simd<C>::mantissa) + n;
-  return exponent > 0 ? (Vec<C>)((IVec<C>)x + (n << Simd<C>::mantissa)) : Vec<C>{};
+// x * 2^n for x >= 0, anything from 0 to that where it is below the normal numbers; the result must not overflow.
+#if PYSEQ_LEVEL == 4
+PYSEQ_INLINE Vec<float> scale_by_power(Vec<float> x, IVec<float> n) {
+  return (Vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)x, _mm512_cvtepi32_ps((__m512i)n));
 }
+PYSEQ_INLINE Vec<double> scale_by_power(Vec<double> x, IVec<double> n) {
+  return (Vec<double>)_mm512_maskz_scalef_pd(0xff, (__m512d)x, _mm512_cvtepi64_pd((__m512i)n));
+}
+#else
+template <class V, class I> PYSEQ_INLINE V scale_by_power(V x, I n) {
+  constexpr int mantissa = sizeof(x[0]) == 4 ? 23 : 52;
+  return ((I)x >> mantissa) + n > 0 ? (V)((I)x + (n << mantissa)) : V{};
+}
+#endif
 
 }  // namespace

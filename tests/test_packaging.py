@@ -116,7 +116,7 @@ def test_extension_builds_and_sources_compile_under_other_interpreters(
     run(inner, "-W", "error", "-m", "compileall", "-q", "site", cwd=tmp_path)
     (extension,) = (tmp_path / "site" / "pyseq").glob("_C*")
     load = (
-        f"import importlib.machinery as m, importlib.util as u; s = m.ExtensionFileLoader('_C', {str(extension)!r});"
-        "c = u.module_from_spec(u.spec_from_loader('_C', s)); print(c.cpu_level())"
+        f"import importlib.util as u; s = u.spec_from_file_location('_C', {str(extension)!r});"
+        "c = u.module_from_spec(s); s.loader.exec_module(c); print(c.cpu_level())"
     )
     assert int(run(inner, "-c", load, cwd=tmp_path)) >= 2

@@ -126,6 +126,34 @@ def live_steps(p_mask, p_lengths, p_steps, b, T, CHUNK: constexpr):
 
 
 @triton.jit
+def wild(p_lengths, b, T):
+    """1 where a length is out of range, which makes its sequence NaN, else 0."""
+    if p_lengths is not None:
+        n = tl.load(p_lengths + b)
+        out = ((n < 0) | (n > T)).to(tl.int32)
+    else:
+        out = T * 0
+    return out
+
+
+@triton.jit
+def counted(p_count, p_weights, b, dtype: constexpr):
+    """Live steps of a sequence and its weight, which is NaN where its value is."""
+    n = tl.load(p_count + b)
+    if p_weights is None:
+        w = tl.full([], 1.0, dtype)
+    else:
+        w = tl.load(p_weights + b)
+    return tl.abs(n), tl.where(n < 0, float("nan"), w)
+
+
+@triton.jit
+def unscored(b_x):
+    """1 where a score is NaN or +inf, else 0."""
+    return 1 - (b_x < float("inf")).to(tl.int32)
+
+
+@triton.jit
 def resident(p_edges, KP: constexpr, BI: constexpr, KEEP: constexpr):
     """The edges where they fit in registers, else one number to pass along."""
     if KEEP:

@@ -321,7 +321,7 @@ def _crf(
         for j in range(num_tags):
             top = max(top, np.float64(transitions[i, j]))
     top = top if abs(top) < _INF else 0.0
-    usable = True  # no transition is NaN or +inf
+    usable = True  # no transition or end score is NaN or +inf
     weights_out = np.zeros((num_tags, padded))
     weights_in = np.zeros((num_tags, padded))
     for i in range(num_tags):
@@ -337,30 +337,43 @@ def _crf(
     end_weights = np.zeros(padded)
     for j in range(num_tags):
         end_weights[j] = math.exp(np.float64(end[j]) - end_top)
+        usable &= end_weights[j] <= 1.0
 
     for b in range(batch):
         n = _steps(b, time, mask, lengths, steps)
-        if n < 0:
+        lost = n < 0  # a label or length out of range: NaN where nobody may raise
+        if lost:
             if check:
                 return BAD_LENGTH
             n = min(max(lengths[b], 0), time)
         f = emissions[b]
         if with_grad:
             g_em[b] = 0.0
-        value[b] = 0.0
-        if n == 0:
-            continue
         weight = np.float64(weights[b])
-        score = 0.0
         if kind != PARTITION:
             for k in range(n):
                 y = tags[b, steps[k]]
                 if y < 0 or y >= num_tags:
                     if check:
                         return BAD_TAG
-                    y = min(max(y, 0), num_tags - 1)
+                    lost = True
                 path[steps[k]] = y
+        if lost:
+            value[b] = np.nan
+            if with_grad:
+                for k in range(n):
+                    g_em[b, steps[k]] = np.nan
+                pairs[:] = np.nan
+                sum_start[:] = np.nan
+                sum_end[:] = np.nan
+            continue
+        value[b] = 0.0
+        if n == 0:
+            continue
+        score = 0.0
+        if kind != PARTITION:
             score = _gold(f, transitions, start, end, path, steps, n)
+            score = score if score < _INF else np.nan
         if kind == SCORE:
             value[b] = score
             if with_grad and score > -_INF:
@@ -419,7 +432,9 @@ def _viterbi(emissions, transitions, start, end, mask, lengths, check, scores, p
         if n < 0:
             if check:
                 return BAD_LENGTH
-            n = min(max(lengths[b], 0), time)
+            path[b] = -1
+            scores[b] = np.nan
+            continue
         path[b] = -1
         scores[b] = 0.0
         if n == 0:
@@ -438,16 +453,16 @@ def _viterbi(emissions, transitions, start, end, mask, lengths, check, scores, p
                     best = delta[k - 1, i]
                     for j in range(padded):
                         there = best + into[i, j]
-                        poisoned |= there != there
+                        poisoned |= not there < _INF
                         delta[k, j] = max(delta[k, j], there)
             for j in range(num_tags):
                 delta[k, j] += np.float64(row[j])
-                poisoned |= delta[k, j] != delta[k, j]
+                poisoned |= not delta[k, j] < _INF
         best = -_INF
         tag = -1
         for j in range(num_tags):
             there = delta[n - 1, j] + np.float64(end[j])
-            poisoned |= there != there
+            poisoned |= not there < _INF
             if there > best:
                 best = there
                 tag = j

@@ -31,6 +31,7 @@ from pyseq.kernels.chain._triton import (
     NEG_INF,
     TOP32,
     TOP64,
+    counted,
     exponent,
     live_steps,
     load_row,
@@ -45,6 +46,8 @@ from pyseq.kernels.chain._triton import (
     step_time,
     store_state,
     tagged,
+    unscored,
+    wild,
 )  # fmt: skip
 from pyseq.kernels.common import OK, SCORE
 
@@ -174,12 +177,13 @@ def _forward_log(
 
 @triton.jit
 def _path_score(p_f, s_t, p_steps, p_transitions, p_start, p_end, p_tags, n, K: constexpr, CHUNK: constexpr):
-    """Score of the tag path, float64."""
+    """Score of the tag path, float64; NaN where a tag is out of range or a score +inf."""
     b_sum = tl.zeros([CHUNK], tl.float64)
     for k in range(0, n, CHUNK):
         o_k = k + tl.arange(0, CHUNK)
         live = o_k < n
         b_t, b_y = tagged(p_steps, p_tags, o_k, live, K)
+        b_sum += tl.where(tl.load(p_tags + b_t, mask=live, other=0) == b_y, 0.0, float("nan"))  # a tag out of range
         b_sum += tl.load(p_f + b_t * s_t + b_y, mask=live, other=0.0).to(tl.float64)
         _, b_from = tagged(p_steps, p_tags, o_k - 1, live & (o_k > 0), K)
         b_sum += tl.load(p_transitions + b_from * K + b_y, mask=live & (o_k > 0), other=0.0).to(tl.float64)
@@ -187,7 +191,8 @@ def _path_score(p_f, s_t, p_steps, p_transitions, p_start, p_end, p_tags, n, K: 
             b_sum += tl.load(p_start + b_y, mask=o_k == 0, other=0.0).to(tl.float64)
         if p_end is not None:
             b_sum += tl.load(p_end + b_y, mask=o_k == n - 1, other=0.0).to(tl.float64)
-    return tl.sum(b_sum, 0)
+    score = tl.sum(b_sum, 0)
+    return tl.where(score == float("inf"), float("nan"), score)
 
 
 PER_CALL = ["T", "s_b", "s_t", "g_b", "g_t", "B", "kappa"]
@@ -201,7 +206,7 @@ def crf_fwd_kernel(
     K: constexpr, KP: constexpr, BI: constexpr, BL: constexpr, KEEP: constexpr, CHUNK: constexpr, KIND: constexpr,
     BW: constexpr, KEEP_WIDE: constexpr,
 ):  # fmt: skip
-    """Value of a sequence; the tape of its states where p_tape is given."""
+    """Value of a sequence; where p_tape is given, the tape of its states, and its live steps, negative if it is NaN."""
     b = tl.program_id(0).to(tl.int64)
     p_f = p_emissions + b * s_b
     TAPE: constexpr = p_tape is not None
@@ -239,10 +244,12 @@ def crf_fwd_kernel(
         if KIND == IS_NLL:
             value = tl.where(dead, 0.0, log_z) - tl.where(dead, 0.0, value)
             value = tl.where(dead, float("inf"), tl.where(value < 0, 0.0, value))
+    if wild(p_lengths, b, T):
+        value += float("nan")
     tl.store(p_value + b, value.to(p_value.dtype.element_ty))
     tl.store(p_paths + b, path)
     if p_count is not None:
-        tl.store(p_count + b, tl.where(dead, 0, n))
+        tl.store(p_count + b, tl.where(value == value, tl.where(dead, 0, n), -n))
 
 
 @triton.jit
@@ -366,14 +373,10 @@ def crf_bwd_kernel(
 ):  # fmt: skip
     """Gradient in the emissions, starts and ends a sequence; p_grad comes zeroed."""
     b = tl.program_id(0).to(tl.int64)
-    n = tl.load(p_count + b)
     o = tl.arange(0, KP)
     p_ends += b * 2 * K
     dtype: constexpr = p_grad.dtype.element_ty
-    if p_weights is None:
-        w = tl.full([], 1.0, dtype)
-    else:
-        w = tl.load(p_weights + b)
+    n, w = counted(p_count, p_weights, b, dtype)
     if n == 0:
         tl.store(p_ends + o, tl.zeros([KP], dtype), mask=o < K)
         tl.store(p_ends + K + o, tl.zeros([KP], dtype), mask=o < K)
@@ -436,14 +439,10 @@ def crf_counts_kernel(
     for c in range(slot.to(tl.int64), B * chunks.to(tl.int64), slots):
         b = c // chunks
         k = ((c % chunks) * CHUNK).to(tl.int32) + 1
-        n = tl.load(p_count + b)
+        n, w = counted(p_count, p_weights, b, dtype)
         if k < n:
             o_k = k + tl.arange(0, CHUNK)
             live = o_k < n
-            if p_weights is None:
-                w = tl.full([], 1.0, dtype)
-            else:
-                w = tl.load(p_weights + b)
             if KIND != IS_SCORE:
                 if tl.load(p_paths + b) < 2:
                     at = (b * T + o_k.to(tl.int64)) * K
@@ -501,7 +500,7 @@ def viterbi_fwd_kernel(
         b_next = load_row(p_f + step_time(p_steps, 1, n) * s_t, o, K, tl.float64)
         t_next = step_time(p_steps, 2, n)
         b_best = load_vector(p_start, o, K, tl.float64) + b_f  # [KP]
-        b_nan = (b_best != b_best).to(tl.int32)
+        b_nan = unscored(b_best)
         KEEP: constexpr = BI == KP
         if KEEP:
             mask = (o[:, None] < K) & (o[None, :] < K)
@@ -512,7 +511,7 @@ def viterbi_fwd_kernel(
             t_next = step_time(p_steps, k + 2, n)
             if KEEP:
                 b_y = b_best[:, None] + b_g  # [KP, KP]
-                b_nan = b_nan | tl.max((b_y != b_y).to(tl.int32), 0)
+                b_nan = b_nan | tl.max(unscored(b_y), 0)
                 b_best, b_from = tl.max(b_y, 0, return_indices=True, return_indices_tie_break_left=True)
             else:
                 tl.debug_barrier()
@@ -525,25 +524,27 @@ def viterbi_fwd_kernel(
                     mask = (o_i[:, None] < K) & (o[None, :] < K)
                     b_g = tl.load(p_transitions + o_i[:, None] * K + o[None, :], mask=mask, other=NEG_INF)
                     b_y = tl.load(p_row + o_i)[:, None] + b_g.to(tl.float64)  # [BI, KP]
-                    b_nan = b_nan | tl.max((b_y != b_y).to(tl.int32), 0)
+                    b_nan = b_nan | tl.max(unscored(b_y), 0)
                     b_top, b_at = tl.max(b_y, 0, return_indices=True, return_indices_tie_break_left=True)
                     b_from = tl.where(b_top > b_best, b_at + i, b_from)  # strictly: the lowest tag wins
                     b_best = tl.where(b_top > b_best, b_top, b_best)
             tl.store(p_back + long(k) * K + o, b_from.to(p_back.dtype.element_ty), mask=o < K)
             b_best += b_f
-            b_nan = b_nan | (b_f != b_f).to(tl.int32)
+            b_nan = b_nan | unscored(b_f)
         b_best += load_vector(p_end, o, K, tl.float64)
-        b_nan = b_nan | ((b_best != b_best) & (o < K)).to(tl.int32)
+        b_nan = b_nan | unscored(b_best)
         score, tag = tl.max(b_best, 0, return_indices=True, return_indices_tie_break_left=True)
         if tl.max(b_nan, 0) > 0:
             score = float("nan") + score * 0
-        if score > NEG_INF:
+        if (score > NEG_INF) & (wild(p_lengths, b, T) == 0):
             tl.debug_barrier()
             tl.store(p_path + step_time(p_steps, n - 1, n), tag.to(tl.int64))
             for i in range(0, n - 1):
                 k = n - 1 - i
                 tag = tl.load(p_back + long(k) * K + tag).to(tl.int32)
                 tl.store(p_path + step_time(p_steps, k - 1, n), tag.to(tl.int64))
+    if wild(p_lengths, b, T):
+        score += float("nan")
     tl.store(p_scores + b, score.to(p_scores.dtype.element_ty))
 
 

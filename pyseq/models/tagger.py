@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from pyseq.nn import CRF, crf_parameter_groups
 
+PADDING = torch.iinfo(torch.int64).min  # no label that anyone writes at a live step, so that those are all checked
+
 
 class SequenceTagger(nn.Module):
     """Tag every character of a text.
@@ -18,7 +20,8 @@ class SequenceTagger(nn.Module):
 
     Every method takes chars (B, T) int64 in [0, num_chars) and a mask (B, T) bool, True at live steps, which come first
     in each row (padding is on the right); None means all live. What stands at padding is not used.
-    Raises ValueError for a head of another name and, on the CPU outside compile, for a mask with padding elsewhere.
+    Raises ValueError for a head of another name, for a mask of another shape or dtype and, on the CPU outside compile,
+    for a mask with padding elsewhere.
     """
 
     def __init__(
@@ -62,8 +65,8 @@ class SequenceTagger(nn.Module):
         if self.crf is not None:
             return self.crf.nll(emissions, tags, mask, "token_mean")
         if mask is not None:
-            tags = tags.masked_fill(~mask, -100)
-        total = F.cross_entropy(emissions.flatten(0, 1), tags.flatten(), reduction="sum")
+            tags = tags.masked_fill(~mask, PADDING)
+        total = F.cross_entropy(emissions.flatten(0, 1), tags.flatten(), reduction="sum", ignore_index=PADDING)
         return total / (max(tags.numel(), 1) if mask is None else mask.sum().clamp(min=1))
 
     @torch.no_grad()
@@ -91,6 +94,9 @@ def _turn(chars: Tensor, mask: Tensor | None) -> Tensor:
     step = torch.arange(time, device=chars.device).expand(batch, time)
     if mask is None:
         return step.flip(1)
+    if mask.shape != chars.shape or mask.dtype != torch.bool:
+        wanted = f"mask must be bool of the shape of chars, {tuple(chars.shape)}"
+        raise ValueError(f"{wanted}, got {mask.dtype} of shape {tuple(mask.shape)}")
     if not torch.compiler.is_compiling() and mask.device.type == "cpu" and (mask[:, 1:] & ~mask[:, :-1]).any():
         raise ValueError("mask must have its live steps first in every row, got padding before one; pad on the right")
     return torch.where(mask, mask.sum(1, keepdim=True) - 1 - step, step)

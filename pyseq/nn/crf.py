@@ -1,7 +1,7 @@
 """A linear-chain CRF layer: drop-in for `torchcrf.CRF` of pytorch-crf 0.7.2, for any mask and any float dtype."""
 
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ class CRF(nn.Module):
     """
 
     def __init__(self, num_tags: int, batch_first: bool = False) -> None:
+        if not isinstance(num_tags, SupportsIndex) or isinstance(num_tags, bool):
+            raise TypeError(f"num_tags must be an integer, got {num_tags!r}")
         if num_tags <= 0:
             raise ValueError(f"invalid number of tags: {num_tags}")
         super().__init__()
@@ -82,19 +84,21 @@ class CRF(nn.Module):
 
         emissions: (T, B, K), or (B, T, K) with `batch_first`. tags: int64 or int32, in [0, K) at live steps. tags and
         mask are in the module's layout.
-        reduction: "none" gives (B,); "sum" adds over sequences; "mean", the default, divides that by B; "token_mean" by
-        the number of live steps, or by 1 where there is none.
+        reduction: "none" gives (B,); "sum" adds over sequences; "mean", the default, divides that by B (NaN for an
+        empty batch, as torch's losses); "token_mean" by the number of live steps, or by 1 where there is none.
         ignored: what the label `ignore_index` means at a live step. None: nothing, it is out of range and raises.
         "absent": the step is masked out, also for "token_mean". "unknown": some tag, nobody knows which; the loss sums
         over all of them: log Z minus log Z over the paths that agree with the known labels, at twice the time and two
         more tensors of the size of the emissions.
         Returns +inf, with zero gradient, for a sequence whose tags are forbidden. Differentiable twice.
         Raises ValueError as the class says, for another word in `ignored`, and for a tag out of range (on the CPU
-        outside compile, elsewhere only with PYSEQ_CHECK=1).
+        outside compile or with PYSEQ_CHECK=1; elsewhere its sequence becomes NaN).
         """
         self._validate(emissions, tags, mask)
         if reduction not in ("none", "sum", "mean", "token_mean"):
             raise ValueError(f"invalid reduction: {reduction}")
+        if not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
         if not self.batch_first:
             tags = tags.transpose(0, 1)
         emissions, transitions, start, end, mask = self._chain(emissions, mask)
@@ -203,11 +207,13 @@ def crf_parameter_groups(model: nn.Module, lr: float, multiplier: float = 100.0)
     """Parameter groups, for any torch optimizer, in which the CRFs of a model learn `multiplier` times faster.
 
     At an encoder's own rate, 1e-5, a CRF's transitions hardly move; they want 1e-3 or more.
-    model: is or contains at least one CRF, else ValueError. lr: of all other parameters. Returns their group, then the
-    group of the CRFs' own parameters at `lr * multiplier`, without empty ones. Every parameter that requires a gradient
-    appears once, also where modules share it (a CRF's claim comes first). Decoupled weight decay (AdamW) takes
+    model: a module that is or contains a CRF, else ValueError. lr: of all other parameters. Returns their group, then
+    the group of the CRFs' own parameters at `lr * multiplier`, without empty ones. Every parameter that requires a
+    gradient appears once, also where modules share it (a CRF's claim comes first). Decoupled weight decay (AdamW) takes
     `lr * weight_decay` a step, so it grows too; set `groups[-1]["weight_decay"]` to choose otherwise.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not its parameters, got {type(model).__name__}")
     crfs = [module for module in model.modules() if isinstance(module, CRF)]
     if not crfs:
         raise ValueError(f"{type(model).__name__} contains no pyseq.nn.CRF; pass the model that holds it")

@@ -7,17 +7,24 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def tensor(name: str, x: object, meaning: str, rank: int) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape {meaning}, got {type(x).__name__}")
+    x = _dense(name, x, meaning)
     if x.dim() != rank:
         raise ValueError(f"{name} must have shape {meaning}, got {tuple(x.shape)}")
 
 
-def sized(name: str, x: Tensor | None, shape: tuple[int, ...], meaning: str) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape {meaning}, got {type(x).__name__}")
+def sized(name: str, x: object, shape: tuple[int, ...], meaning: str) -> Tensor:
+    x = _dense(name, x, meaning)
     if x.shape != shape:
         raise ValueError(f"{name} must have shape {meaning} = {tuple(shape)}, got {tuple(x.shape)}")
+    return x
+
+
+def _dense(name: str, x: object, meaning: str) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {meaning}, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor of shape {meaning}, got a {kind} one; use padding and a mask")
     return x
 
 

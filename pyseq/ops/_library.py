@@ -6,14 +6,24 @@ from typing import Any
 import torch
 
 _LIBRARY = torch.library.Library("pyseq", "FRAGMENT")
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
 
 
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define a raw op, serve it by `kernel` on CPU and CUDA and by `fake` under tracing; returns the bound overload."""
+    """Define a raw op, serve it by `kernel` on CPU and CUDA and by `fake` under tracing; returns what to call.
+
+    That is the bound overload, but for plain tensors where nothing traces it calls the kernel without the dispatcher,
+    which costs as much as the rest of a small call.
+    """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CPU")
     _LIBRARY.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"pyseq::{name}", fake, lib=_LIBRARY)
     overload: Callable[..., Any] = getattr(torch.ops.pyseq, name).default
-    return overload
+
+    def call(*args: Any) -> Any:
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        return overload(*args) if traced or not _PLAIN.issuperset(map(type, args)) else kernel(*args)
+
+    return call

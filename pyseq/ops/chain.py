@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyseq.kernels.common import BAD_LENGTH, BAD_TAG, NLL, PARTITION, SCORE
 from pyseq.ops import _check
@@ -72,8 +73,8 @@ def crf_score(
     """Score of one tag path a sequence: start, emissions, transitions between live neighbours, end.
 
     tags: (B, T) int64 or int32 in [0, K) at live steps, anything at absent ones; the rest as in `crf_log_partition`.
-    Returns (B,); -inf, with zero gradient, for a forbidden path. Raises ValueError also for a tag out of range (on the
-    CPU outside compile; elsewhere tags are clamped unless PYSEQ_CHECK=1). Time O(B T).
+    Returns (B,); -inf, with zero gradient, for a forbidden path. Raises ValueError also for a tag out of range, on the
+    CPU outside compile or with PYSEQ_CHECK=1; elsewhere its sequence becomes NaN. Time O(B T).
     """
     chain = _arguments(emissions, transitions, start, end, tags, mask, lengths, tagged=True)
     return _value(SCORE, chain, backend)
@@ -122,7 +123,8 @@ def crf_marginals(
     chain = _arguments(emissions, transitions, start, end, None, mask, lengths)
     chosen, check = _choose(chain, backend)
     if chosen == "reference":
-        return reference.crf_marginals(*chain[:4], _live(chain))
+        marginals = reference.crf_marginals(*chain[:4], _live(chain))
+        return marginals if check else marginals * _one_or_nan(chain)[:, None, None]
     if _needs_grad(chain):
         return _Marginals.apply(*chain, check, chosen)  # type: ignore[no-any-return]
     return _value_and_grad(*chain, None, PARTITION, check, chosen)[1]  # type: ignore[no-any-return]
@@ -150,26 +152,44 @@ def viterbi(
     chosen, check = _choose(chain, backend)
     with torch.no_grad():
         if chosen == "reference":
-            return reference.viterbi(*chain[:4], _live(chain))
+            scores, tags = reference.viterbi(*chain[:4], _live(chain))
+            if not check:
+                scores = scores * _one_or_nan(chain)
+                tags = tags.masked_fill(scores.isnan().unsqueeze(1), -1)
+            return scores, tags
         return _viterbi(*chain, check, chosen)  # type: ignore[no-any-return]
 
 
 def _value(kind: int, chain: Chain, backend: str) -> Tensor:
     chosen, check = _choose(chain, backend)
     if chosen == "reference":
-        return _reference(kind, chain)
+        return _reference(kind, check, chain)
     if _needs_grad(chain):
         return _Value.apply(*chain, kind, check, chosen)  # type: ignore[no-any-return]
     return _value_only(*chain, kind, check, chosen)  # type: ignore[no-any-return]
 
 
-def _reference(kind: int, chain: Chain) -> Tensor:
+def _reference(kind: int, checked: bool, chain: Chain) -> Tensor:
     emissions, transitions, start, end, tags, _, _ = chain
     if kind == PARTITION:
-        return reference.crf_log_partition(emissions, transitions, start, end, _live(chain))
-    assert tags is not None
-    serve = reference.crf_nll if kind == NLL else reference.crf_score
-    return serve(emissions, transitions, tags.clamp(0, emissions.size(2) - 1), start, end, _live(chain))
+        value = reference.crf_log_partition(emissions, transitions, start, end, _live(chain))
+    else:
+        assert tags is not None
+        serve = reference.crf_nll if kind == NLL else reference.crf_score
+        value = serve(emissions, transitions, tags.clamp(0, emissions.size(2) - 1), start, end, _live(chain))
+    return value if checked else value * _one_or_nan(chain)
+
+
+def _one_or_nan(chain: Chain) -> Tensor:
+    """(B,), NaN for a sequence with a live tag or a length out of range."""
+    emissions, *_, tags, _, lengths = chain
+    batch, time, num_tags = emissions.shape
+    bad = torch.zeros(batch, dtype=torch.bool, device=emissions.device)
+    if tags is not None:
+        bad |= (((tags < 0) | (tags >= num_tags)) & _live(chain)).any(1)
+    if lengths is not None:
+        bad |= (lengths < 0) | (lengths > time)
+    return torch.where(bad, torch.nan, 1.0)
 
 
 def _arguments(
@@ -221,17 +241,25 @@ def _integers(name: str, x: Optional, emissions: Tensor, shape: tuple[int, ...],
 
 
 def _choose(chain: Chain, backend: str) -> tuple[str, bool]:
-    """The backend, and whether its kernels raise on tags and lengths out of range rather than clamp."""
+    """The backend, and whether tags and lengths out of range raise rather than make their sequence NaN."""
     emissions = chain[0]
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    traced = torch.compiler.is_compiling()
+    if not traced and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "torch.func transforms (vmap, grad, jacrev) do not reach pyseq.ops; use torch.autograd instead"
         )
+    if not traced and forward_ad._current_level >= 0 and any(_tangent(x) is not None for x in chain[:4]):
+        raise RuntimeError("forward-mode derivatives do not reach pyseq.ops; use backward() or torch.autograd.grad")
     chosen = CHAIN.choose(backend, emissions)
-    check = _on_host(emissions) or checks_forced()
-    if check and (chosen == "reference" or emissions.device.type != "cpu"):
+    on_cpu = emissions.device.type == "cpu"
+    check = (on_cpu and not traced) or checks_forced()
+    if check and (chosen == "reference" or not on_cpu):
         _raise_bad_values(*chain)
     return chosen, check
+
+
+def _tangent(x: Optional) -> Optional:
+    return None if x is None else forward_ad.unpack_dual(x).tangent
 
 
 def _live(chain: Chain) -> Tensor:
@@ -260,7 +288,7 @@ def _raise_bad_values(*chain: Any) -> None:
             b, t = bad[0].tolist()
             raise ValueError(
                 f"tags must lie in [0, {num_tags}) at live steps, got {int(tags[b, t])} for sequence {b}, step {t}; "
-                "mask the step out if it is padding"
+                "mask the step out if it is padding, or tell nn.CRF with `ignored` what the label means"
             )
 
 
@@ -353,6 +381,16 @@ def _uniform(upstream: Tensor) -> bool:
     return _on_host(upstream) and torch.equal(upstream, upstream[:1].expand_as(upstream))  # what .mean() sends back
 
 
+def _refuse_batched(upstream: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    if functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream):
+        raise RuntimeError(
+            "batched gradients (is_grads_batched, vectorize=True) do not reach pyseq.ops; take them one at a time"
+        )
+
+
 def _on_host(x: Tensor) -> bool:
     """Whether Python may look at values."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -375,10 +413,12 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Optional, ...]:  # type: ignore[override]
+        _refuse_batched(upstream)
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor only once
         chain, grads = saved[:7], saved[7:]
         if torch.is_grad_enabled():  # create_graph=True
-            return (*_reference_grad(ctx, _reference(ctx.options[0], chain), chain, upstream), *[None] * 6)
+            value = _reference(ctx.options[0], ctx.options[1], chain)
+            return (*_reference_grad(ctx, value, chain, upstream), *[None] * 6)
         if upstream.numel() and _uniform(upstream):
             if not _on_host(upstream) or _keeps_graph() or upstream[0].item() != 1.0:
                 grads = torch._foreach_mul(grads, upstream[0])
@@ -396,6 +436,7 @@ class _Marginals(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Optional, ...]:  # type: ignore[override]
+        _refuse_batched(upstream)
         chain = ctx.saved_tensors
         if not torch.is_grad_enabled():
             chain = *(x if x is None else x.detach().requires_grad_() for x in chain[:4]), *chain[4:]

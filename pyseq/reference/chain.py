@@ -19,26 +19,31 @@ def _logsumexp(x: Tensor, dim: int) -> Tensor:
 def _widen(emissions: Tensor, live: Tensor) -> Tensor:
     """Emissions in float32 or better, with absent steps replaced so that nothing there is ever read."""
     dtype = torch.promote_types(emissions.dtype, torch.float32)
-    return torch.where(live.unsqueeze(-1), emissions, 0.0).to(dtype)
+    return _scores(torch.where(live.unsqueeze(-1), emissions, 0.0).to(dtype))
+
+
+def _scores(x: Tensor) -> Tensor:
+    """+inf is no score: NaN stands for it."""
+    return torch.where(x == torch.inf, torch.nan, x)
 
 
 def crf_log_partition(
     emissions: Tensor, transitions: Tensor, start: Tensor | None, end: Tensor | None, live: Tensor
 ) -> Tensor:
     """log Z (B,): alpha_1 = start + f_1, alpha_k(j) = f_k(j) + LSE_i(alpha_{k-1}(i) + transitions[i, j])."""
-    emissions = _widen(emissions, live)
+    emissions, transitions = _widen(emissions, live), _scores(transitions)
     batch, time, tags = emissions.shape
     if time == 0:
         return emissions.sum((1, 2))  # zeros that keep the graph
     begun = torch.zeros(batch, dtype=torch.bool, device=emissions.device)
     alpha = emissions.new_zeros(batch, tags)
     for t in range(time):
-        first = emissions[:, t] if start is None else start + emissions[:, t]
+        first = emissions[:, t] if start is None else _scores(start) + emissions[:, t]
         later = emissions[:, t] + _logsumexp(alpha.unsqueeze(2) + transitions, 1)  # LSE over [B, K, K]
         here = live[:, t]
         alpha = torch.where(here.unsqueeze(1), torch.where(begun.unsqueeze(1), later, first), alpha)
         begun = begun | here
-    total = _logsumexp(alpha if end is None else alpha + end, 1)
+    total = _logsumexp(alpha if end is None else alpha + _scores(end), 1)
     return torch.where(begun, total, 0.0)
 
 
@@ -56,15 +61,15 @@ def crf_score(
     seen = torch.where(live, step, -1).cummax(1).values  # last live step at or before t
     before = torch.nn.functional.pad(seen[:, :-1], (1, 0), value=-1)  # last live step before t
     joined = live & (before >= 0)
-    edge = transitions[tags.gather(1, before.clamp(min=0)), tags]
+    edge = _scores(transitions)[tags.gather(1, before.clamp(min=0)), tags]
     total = total + torch.where(joined, edge, 0.0).sum(1)
     begun = live.any(1)
     if start is not None:
         opening = tags.gather(1, live.int().argmax(1, keepdim=True)).squeeze(1)
-        total = total + torch.where(begun, start[opening], 0.0)
+        total = total + torch.where(begun, _scores(start)[opening], 0.0)
     if end is not None:
         closing = tags.gather(1, seen[:, -1:].clamp(min=0)).squeeze(1)
-        total = total + torch.where(begun, end[closing], 0.0)
+        total = total + torch.where(begun, _scores(end)[closing], 0.0)
     return torch.where(total == NEG_INF, NEG_INF, total)
 
 
@@ -73,10 +78,11 @@ def crf_nll(
 ) -> Tensor:
     """log Z minus the path's score (B,); +inf, with zero gradient, where the path is forbidden."""
     score = crf_score(emissions, transitions, tags, start, end, live)
-    log_z = crf_log_partition(emissions, transitions, start, end, live)
-    nll = log_z - score
+    dead = score == NEG_INF
+    alive = torch.where(dead[:, None, None], 0.0, emissions)  # a NaN off a forbidden path stays out of its gradient
+    nll = crf_log_partition(alive, transitions, start, end, live) - score
     nll = nll - nll.detach().clamp(max=0)  # rounding must not make a loss negative
-    return torch.where(score == NEG_INF, torch.inf, nll)
+    return torch.where(dead, torch.inf, nll)
 
 
 def crf_marginals(
@@ -98,21 +104,21 @@ def viterbi(
 ) -> tuple[Tensor, Tensor]:
     """Best score (B,) and path (B, T), -1 where absent or nothing is feasible. Sums in float64, lowest tag wins."""
     dtype = torch.promote_types(emissions.dtype, torch.float32)
-    emissions, transitions = _widen(emissions, live).double(), transitions.double()
+    emissions, transitions = _widen(emissions, live).double(), _scores(transitions).double()
     batch, time, tags = emissions.shape
     path = torch.full((batch, time), -1, dtype=torch.int64, device=emissions.device)
     begun = torch.zeros(batch, dtype=torch.bool, device=emissions.device)
     delta = emissions.new_zeros(batch, tags)
     pointers = []
     for t in range(time):
-        first = emissions[:, t] if start is None else start + emissions[:, t]
+        first = emissions[:, t] if start is None else _scores(start) + emissions[:, t]
         best, pointer = (delta.unsqueeze(2) + transitions).max(1)
         here = live[:, t]
         later = emissions[:, t] + best
         delta = torch.where(here.unsqueeze(1), torch.where(begun.unsqueeze(1), later, first), delta)
         pointers.append(pointer)
         begun = begun | here
-    score, tag = (delta if end is None else delta + end).max(1)
+    score, tag = (delta if end is None else delta + _scores(end)).max(1)
     score = torch.where(begun, score, 0.0)
     for t in reversed(range(time)):
         here = live[:, t]

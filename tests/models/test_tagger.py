@@ -144,6 +144,16 @@ def test_mask_must_pad_on_the_right(head: Head) -> None:
         model.decode(chars, mask.flip(1))
 
 
+@both
+def test_masks_and_labels_are_checked(head: Head) -> None:
+    model, (chars, tags, mask) = tagger(head), batch()
+    for wrong in (mask.byte(), mask.float(), mask[:, :1]):
+        with pytest.raises(ValueError, match=r"mask must be bool of the shape of chars, \("):
+            model.loss(chars, tags, wrong)
+    with pytest.raises((ValueError, IndexError), match="-100"):
+        model.loss(chars, tags.fill_(-100), mask)
+
+
 def test_unknown_head_raises() -> None:
     with pytest.raises(ValueError, match="got 'memm'"):
         SequenceTagger(3, 3, head="memm")  # type: ignore[arg-type]

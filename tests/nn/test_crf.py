@@ -397,8 +397,10 @@ class TestIgnoredLabels:
         crf = CRF(K, batch_first)
         emissions, tags, mask = laid(batch_first, *self.labels(), self.MASK)
         for method in (crf, crf.nll):
-            with pytest.raises(ValueError, match=r"got -100 for sequence 0, step 1"):
+            with pytest.raises(ValueError, match=r"got -100 for sequence 0, step 1; .* `ignored`"):
                 method(emissions, tags, mask)
+            with pytest.raises(TypeError, match="ignore_index must be an int, got None"):
+                method(emissions, tags, mask, ignore_index=None)  # type: ignore[arg-type]
             with pytest.raises(ValueError, match="ignored must be None, 'absent' or 'unknown', got 'maybe'"):
                 method(emissions, tags, mask, ignored="maybe")  # type: ignore[arg-type]
 
@@ -836,6 +838,13 @@ class TestParameterGroups:
     def test_a_model_without_a_crf(self) -> None:
         with pytest.raises(ValueError, match=re.escape("Linear contains no pyseq.nn.CRF")):
             crf_parameter_groups(nn.Linear(2, 2), 1e-5)
+        with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, not its parameters, got generator"):
+            crf_parameter_groups(nn.Linear(2, 2).parameters(), 1e-5)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("num_tags", ["4", 4.0, True, None])
+    def test_num_tags_must_be_an_integer(self, num_tags: int) -> None:
+        with pytest.raises(TypeError, match=re.escape(f"num_tags must be an integer, got {num_tags!r}")):
+            CRF(num_tags)
 
     @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
     def test_one_step_of_an_optimizer(self, optimizer: Callable[..., torch.optim.Optimizer]) -> None:

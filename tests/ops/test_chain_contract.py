@@ -190,24 +190,35 @@ def test_compile_with_inductor() -> None:
 
 @quiet_dynamo
 @on_cpu
-def test_bad_values_under_compile_are_clamped(backend: str) -> None:
+def test_bad_values_under_compile_make_their_sequence_nan(backend: str) -> None:
     torch.compiler.reset()
-    problem = chain(3, 5, 4, seed=3)
-    tags, lengths = torch.tensor([[-7, 4, 1, 2, 3], [99, 0, 0, 0, -1], [1, 2, 3, 4, 5]]), torch.tensor([-2, 9, 3])
+    problem = chain(5, 5, 4, seed=3).replace(lengths=torch.tensor([5, 5, 3, -2, 9]))
+    assert problem.tags is not None
+    assert problem.lengths is not None
+    tags = problem.tags.clone()
+    tags[1, 4], tags[2, 3] = -100, 99  # the second is at an absent step
+    bad, sound = torch.tensor([False, True, False, True, True]), torch.tensor([0, 2])
 
-    def loss(emissions: Tensor, tags: Tensor, lengths: Tensor) -> Tensor:
-        return ops.crf_nll(emissions, problem.transitions, tags, lengths=lengths, backend=backend)  # type: ignore[arg-type]
+    def both(emissions: Tensor, tags: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        nll = ops.crf_nll(emissions, problem.transitions, tags, lengths=lengths, backend=backend)  # type: ignore[arg-type]
+        score = ops.crf_score(emissions, problem.transitions, tags, lengths=lengths, backend=backend)  # type: ignore[arg-type]
+        with torch.no_grad():
+            best = ops.viterbi(emissions, problem.transitions, lengths=lengths, backend=backend)  # type: ignore[arg-type]
+        return nll, score, *best
 
-    def best(emissions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.viterbi(emissions, problem.transitions, lengths=lengths, backend=backend)  # type: ignore[arg-type]
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     leaf, other = (problem.emissions.clone().requires_grad_() for _ in range(2))
-    value, right = compiled(leaf, tags, lengths), loss(other, tags.clamp(0, 3), lengths.clamp(0, 5))
-    assert torch.equal(value, right)
-    assert all(map(torch.equal, torch.autograd.grad(value.sum(), leaf), torch.autograd.grad(right.sum(), other)))
-    found = torch.compile(best, fullgraph=True, backend="aot_eager")(leaf, lengths)
-    assert all(map(torch.equal, found, best(leaf, lengths.clamp(0, 5))))
+    nll, score, best, path = torch.compile(both, fullgraph=True, backend="aot_eager")(leaf, tags, problem.lengths)
+    assert nll.isnan().tolist() == score.isnan().tolist() == bad.tolist()
+    assert best.isnan().tolist() == [False, False, False, True, True]
+    assert (path[3:] == -1).all()
+    right = both(other[sound], problem.tags[sound], problem.lengths[sound])
+    for got, expected in zip((nll, score, best, path), right, strict=True):
+        assert torch.equal(got[sound], expected)
+    for got, expected in ((nll, right[0]), (score, right[1])):
+        (grad,) = torch.autograd.grad(got.sum(), leaf, retain_graph=True)
+        (same,) = torch.autograd.grad(expected.sum(), other, retain_graph=True)
+        assert torch.equal(grad[sound], same[sound])
+        assert grad[1].isnan().all()
 
 
 @quiet_dynamo
@@ -298,6 +309,26 @@ def put(at: tuple[int, ...], what: int) -> Callable[[Tensor], Tensor]:
 
 
 MASK = torch.ones(3, 5, dtype=torch.bool)
+
+
+@on_cpu
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # forward mode's own imports
+def test_batched_and_forward_derivatives_raise(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("plain torch")
+    problem = chain(3, 2, 4).leaves()
+    for op in (ops.crf_nll, ops.crf_marginals):
+        value = problem(op, backend)
+        with pytest.raises(RuntimeError, match="batched gradients"):
+            torch.autograd.grad(value, problem.emissions, torch.stack([value.detach()] * 2), is_grads_batched=True)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(problem.emissions.detach(), torch.ones_like(problem.emissions))
+        for unary in (ops.crf_log_partition, ops.viterbi):
+            with pytest.raises(RuntimeError, match="forward-mode derivatives"):
+                problem.replace(emissions=dual)(unary, backend)
+        problem(ops.crf_nll, backend).sum().backward()  # without a tangent all is as usual
+
+
 BAD: list[tuple[str, Callable[[Chain], Chain], type[Exception], str]] = [
     (
         "rank",
@@ -306,6 +337,14 @@ BAD: list[tuple[str, Callable[[Chain], Chain], type[Exception], str]] = [
         r"emissions must have shape \(batch, time, tags\), got \(5, 4\)",
     ),
     ("list", change(emissions=Tensor.tolist), TypeError, "emissions must be a tensor .* got list"),
+    (
+        "sparse",
+        change(emissions=Tensor.to_sparse),
+        TypeError,
+        "emissions must be a dense tensor .* got a sparse_coo one",
+    ),
+    ("sparse edges", change(transitions=Tensor.to_sparse), TypeError, "transitions must be a dense tensor"),
+    ("blocked", change(emissions=Tensor.to_mkldnn), TypeError, "emissions must be a dense tensor .* got a _mkldnn one"),
     ("no tags", change(emissions=lambda x: x[..., :0]), ValueError, "at least one tag"),
     ("integers", change(emissions=Tensor.long), TypeError, r"emissions must be of dtype float32, .* got torch\.int64"),
     ("complex", change(emissions=lambda x: x + 0j), TypeError, r"emissions must be of dtype .* got torch\.complex64"),

@@ -241,13 +241,10 @@ def test_guard_bands(num_tags: int, live: str, monkeypatch: pytest.MonkeyPatch) 
     wild = {"tags": torch.tensor([[-100, 10**12, num_tags, -1]]).expand(3, 4).contiguous()}
     if problem.lengths is not None:
         wild["lengths"] = torch.tensor([-5, 10**12, 3])
-    tamed = problem.replace(**{k: x.clamp(0, num_tags - 1 if k == "tags" else 4) for k, x in wild.items()})
     for kind in (PARTITION, NLL, SCORE):
-        value, grads, _ = launch(problem.replace(**wild).map(guard), kind, own=guard)
-        right, expected, _ = launch(tamed, kind)
-        assert torch.equal(value, right)
-        for grad, same in zip(grads, expected, strict=True):
-            assert torch.equal(grad, same)
+        value, _, _ = launch(problem.replace(**wild).map(guard), kind, own=guard)
+        bad = [kind != PARTITION] * 3 if problem.lengths is None else [True, True, kind != PARTITION]
+        assert value.isnan().tolist() == bad
         guard.check()
     scores, path = guard(torch.zeros(3)), guard(torch.zeros(3, 4, dtype=torch.int64))
     rest = (problem.start, problem.end, None, problem.mask, problem.lengths, False)

@@ -1,0 +1,98 @@
+// What the kernels of one instruction set level share: the certificates of docs/chain.md and the last words on a row.
+#pragma once
+
+#include "chain.hpp"
+#include "simd.hpp"
+
+namespace {
+
+using pyseq::ChainArgs;
+using pyseq::ChainTables;
+using pyseq::GroupResult;
+using pyseq::kGroupRows;
+using pyseq::Row;
+
+// A sum over predecessors below kTiny, where the largest predecessor is about 1, may have lost digits to underflow.
+template <class C> constexpr C kTiny = 0;
+template <> constexpr float kTiny<float> = 0x1p-70f;
+template <> constexpr double kTiny<double> = 0x1p-900;
+// A state that holds 0 hides at most 2^(2 - bias); while that stays below 2^kHidden no other state can notice.
+template <class C> constexpr int kHidden = 0;
+template <> constexpr int kHidden<float> = -110;
+template <> constexpr int kHidden<double> = -970;
+
+// Sums are taken over kChunk terms, then kSuper / kChunk chunks, then the rest: fewer roundings in a row.
+constexpr int64_t kChunk = 12, kSuper = 96;
+
+// Whether a state that some path reaches holds 0 at a step up to `last`, as only unreachable states should. The tape a
+// has a stride over steps and one over tags; reached holds 2 * tags bytes.
+template <class T, class C>
+static bool underflowed(
+    const ChainArgs<T>& args, const Row& row, const C* a, int64_t step, int64_t across, int64_t last, uint8_t* reached) {
+  const int64_t tags = args.tags;
+  uint8_t* before = reached + tags;
+  for (int64_t k = 0; k <= last; ++k) {
+    const T* f = args.emissions + row.index * args.stride_batch + row.step(k) * args.stride_time;
+    const T forbidden = -__builtin_inf();
+    for (int64_t j = 0; j < tags; ++j) reached[j] = k == 0 && !(args.start && args.start[j] == forbidden);
+    bool all = k == 0;
+    for (int64_t i = 0; i < tags && !all; ++i) {
+      if (!before[i]) continue;
+      all = true;
+      for (int64_t j = 0; j < tags; ++j) all &= reached[j] |= args.transitions[i * tags + j] != forbidden;
+    }
+    for (int64_t j = 0; j < tags; ++j) {
+      reached[j] &= f[j] != forbidden;
+      if (reached[j] && !(a[k * step + j * across] > 0)) return true;
+    }
+    memcpy(before, reached, tags);
+  }
+  return false;
+}
+
+// log Z of a row whose last step holds `last`, -inf where no path is feasible, and whether to do the row again.
+template <class T, class C>
+static double close_row(
+    const ChainTables<C>& tables, const Row& row, const C* last, int64_t across, int64_t power, bool& flagged) {
+  double total = 0, mass = 0;
+  for (int64_t j = 0; j < tables.tags; ++j) {
+    mass += double(last[j * across]);
+    total += double(last[j * across]) * double(tables.end[j]);
+  }
+  if (mass == 0) return -__builtin_inf();
+  const double log_z = power * 0.69314718055994530942 + __builtin_log(total) + (row.length - 1) * tables.top + tables.start_top +
+                       tables.end_top;
+  flagged |= !(total >= double(kTiny<C>));
+  if (sizeof(C) < sizeof(double)) {  // worst-case rounding of the sweep against what the contract allows
+    const int64_t tags = tables.tags, inner = tags < kChunk ? tags : kChunk, middle = (tags < kSuper ? tags : kSuper) / kChunk;
+    const double roundings = double(inner + middle + tags / kSuper + 4);
+    flagged |= !(row.length * roundings <= 7.0 * __builtin_fabs(log_z));
+  }
+  return log_z;
+}
+
+// Value of a row and, where its marginals are in the gradient already, what else belongs there.
+template <class T>
+static void write_row(const ChainArgs<T>& args, const Row& row, double log_z, double weight, GroupResult& out) {
+  const double value = args.kind == pyseq::kNll ? log_z - row.score : log_z;
+  args.value[row.index] = T(args.kind == pyseq::kNll && value < 0 ? 0.0 : value);
+  if (!args.grads()) return;
+  T* g = args.grad_emissions + row.index * args.grad_stride_batch;
+  if (log_z == -__builtin_inf()) {
+    for (int64_t k = 0; k < row.length; ++k) memset(g + row.step(k) * args.grad_stride_time, 0, args.tags * sizeof(T));
+    return;
+  }
+  const int64_t first = row.step(0) * args.grad_stride_time, last = row.step(row.length - 1) * args.grad_stride_time;
+  for (int64_t j = 0; j < args.tags; ++j) {
+    out.first[j] += double(g[first + j]);
+    out.last[j] += double(g[last + j]);
+  }
+  if (args.kind != pyseq::kNll) return;
+  const int64_t* labels = args.labels + row.index * args.time;
+  for (int64_t k = 0; k < row.length; ++k) {
+    const int64_t y = labels[row.step(k)];
+    g[row.step(k) * args.grad_stride_time + (y < 0 ? 0 : y < args.tags ? y : args.tags - 1)] -= T(weight);
+  }
+}
+
+}  // namespace
