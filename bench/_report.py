@@ -118,8 +118,8 @@ def megabytes(x: int | None) -> str:
     return "-" if x is None else f"{x / 2**20:.1f} MiB"
 
 
-def speedup(row: Row) -> str:
-    """With a tilde where the interval does not exclude equality."""
+def speedup(row: Row, interval: bool = True) -> str:
+    """With a tilde where the interval, shown or not, does not exclude equality."""
     if row.ratio is None:
         return "-"
     if row.provider == row.baseline:
@@ -127,7 +127,8 @@ def speedup(row: Row) -> str:
     if row.ratio_low is None or row.ratio_high is None:
         return f"{number(row.ratio)}x"
     same = "" if row.ratio_low > 1 or row.ratio_high < 1 else " ~"
-    return f"{number(row.ratio)}x [{number(row.ratio_low)}, {number(row.ratio_high)}]{same}"
+    shown = f" [{number(row.ratio_low)}, {number(row.ratio_high)}]" if interval else ""
+    return f"{number(row.ratio)}x{shown}{same}"
 
 
 def of_limit(row: Row) -> str:
@@ -209,25 +210,32 @@ def groups(rows: Sequence[Row], baseline: str) -> list[list[Row]]:
 
 
 def markdown(rows: Sequence[Row], baseline: str) -> str:
-    """One table a mode: a workload a line, a provider a column, and for the fastest of ours what else matters."""
+    """One table a mode: a provider a line, a workload a column, and below for the fastest of ours what else matters."""
     out = []
     for mode in dict.fromkeys(row.mode for row in rows):
         of_mode = [row for row in rows if row.mode == mode]
-        providers = list(dict.fromkeys(row.provider for row in of_mode if not row.status.startswith("unavailable")))
-        head = [f"{mode}", *providers, "fastest of ours: of limit", "its extra memory (baseline's)"]
-        out += ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-        for name in dict.fromkeys(row.workload for row in of_mode):
-            case = {row.provider: row for row in of_mode if row.workload == name}
-            cells: list[str] = [f"{name} ({next(iter(case.values())).sizes})", *(_cell(case.get(p)) for p in providers)]
-            timed = [row for row in case.values() if row.ours and row.status == "ok" and row.median is not None]
-            best = min(timed, key=lambda row: row.median or 0.0, default=None)
-            base = case.get(baseline)
-            cells += ["-"] * 2 if best is None else [of_limit(best), _memories(best, base)]
-            out.append("| " + " | ".join(cells) + " |")
-        out.append("")
+        there = [row for row in of_mode if not row.status.startswith("unavailable")]
+        providers = list(dict.fromkeys(row.provider for row in sorted(there, key=lambda row: row.ours)))  # rivals first
+        names = list(dict.fromkeys(row.workload for row in of_mode))
+        cases = [{row.provider: row for row in of_mode if row.workload == name} for name in names]
+        sizes = [next(iter(case.values())).sizes.replace(" ", "<br>") for case in cases]
+        table = [[mode, *(f"{name}<br>{size}" for name, size in zip(names, sizes, strict=True)), "largest error"]]
+        for provider in providers:
+            wrong = [case[provider] for case in cases if provider in case and case[provider].error is not None]
+            worst = max(wrong, key=lambda row: row.error or 0.0, default=None)
+            table.append([provider, *(_cell(case.get(provider)) for case in cases), error(worst) if worst else "-"])
+        timed = [[r for r in case.values() if r.ours and r.status == "ok" and r.median is not None] for case in cases]
+        best = [min(case, key=lambda row: row.median or 0.0, default=None) for case in timed]
+        table.append(["our fastest, of limit", *("-" if row is None else of_limit(row) for row in best), ""])
+        memory = [
+            "-" if row is None else _memories(row, case.get(baseline)) for row, case in zip(best, cases, strict=True)
+        ]
+        table.append(["its extra memory (baseline's)", *memory, ""])
+        lines = ["| " + " | ".join(line) + " |" for line in table]
+        out += [lines[0], "|---" + "|---:" * (len(table[0]) - 1) + "|", *lines[1:], ""]
     legend = (
-        f"Median of a call; times faster than {baseline} with its 95 % interval, ~ where that includes 1; largest "
-        "error against float64 relative to the largest value. Every timed row met its error budget first."
+        f"Median of a call, and times faster than {baseline}, ~ where the 95 % interval includes 1; largest error "
+        "against float64 relative to the largest value. Every timed row met its error budget first."
     )
     return "\n".join([*out, f"{legend} {machine_line(rows)}."])
 
@@ -237,8 +245,8 @@ def _cell(row: Row | None) -> str:
         return "-"
     if row.status != "ok":
         return row.status.split(":")[0]
-    ratio = "" if row.provider == row.baseline or row.ratio is None else f"<br>{speedup(row)}"
-    return f"{seconds(row.median)}{ratio}<br>error {error(row)}"
+    ratio = "" if row.provider == row.baseline or row.ratio is None else f"<br>{speedup(row, interval=False)}"
+    return f"{seconds(row.median)}{ratio}"
 
 
 def _memories(best: Row, base: Row | None) -> str:
@@ -253,6 +261,7 @@ def plot(rows: Sequence[Row], mode: str, path: Path) -> None:
     from matplotlib import pyplot
 
     timed = [row for row in rows if row.mode == mode and row.status == "ok" and row.throughput is not None]
+    timed.sort(key=lambda row: row.ours)
     workloads = list(dict.fromkeys(row.workload for row in timed))
     providers = list(dict.fromkeys(row.provider for row in timed))
     figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")

@@ -235,8 +235,9 @@ def test_report_rewrites_between_its_markers(
     assert text.startswith(before)
     assert text.endswith(after)
     assert "stale" not in text
-    assert "| small (N=50) | 1.00 ms<br>error 1e-07 | 1.00 ms<br>3x [2.5, 3.5]<br>error 1e-07 |" in text
-    assert "| large (N=50) | - | wrong |" in text
+    assert "| square | small<br>N=50 | large<br>N=50 | largest error |" in text
+    assert "| peer | 1.00 ms | - | 1e-07 |" in text
+    assert "| ours | 1.00 ms<br>3x | wrong | 1e-07 |" in text
     assert (
         "abacus; beads; 2 threads; torch 2; peer 1; commit abc; 2026-01-01; limits 1 GFMA/s, copy 2 GB/s (test)" in text
     )
