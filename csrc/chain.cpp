@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -287,7 +288,7 @@ void sweep(
   const ChainArgs<T>& args = chain.args;
   const Tables<C, T> tables(args, kernel.lanes, kernel.panel);
   if (!tables.usable) {
-    left.insert(left.end(), rows, rows + count);
+    std::copy_if(rows, rows + count, std::back_inserter(left), [](const Row& row) { return !row.done; });
     return;
   }
   const int64_t tags = args.tags, padded = tables.view.padded, groups = (count + size - 1) / size;
@@ -325,7 +326,7 @@ void sweep(
 #pragma omp ordered
       {
         for (int r = 0; r < here; ++r)
-          if (out.flagged[r]) left.push_back(group[r]);
+          if (out.flagged[r] && !group[r].done) left.push_back(group[r]);
         if (grads) {
           for (int64_t i = 0; i < tags; ++i)
             for (int64_t j = 0; j < tags; ++j) counts[i * tags + j] += out.counts[i * padded + j];
@@ -419,11 +420,10 @@ template <class T> int chain_crf(const ChainArgs<T>& args) {
 
   std::vector<double> sums(args.grads() ? tags * (tags + 2) : 0);
   double *counts = sums.data(), *first = counts + tags * tags, *last = first + tags;
-  std::vector<Row> todo;
+  std::vector<Row> todo;  // with those that are done, so that neighbours are grouped alike whatever the scores
   for (const Row& row : rows.all) {
-    if (!row.done)
-      todo.push_back(row);
-    else if (row.lost)
+    if (args.kind != kScore && row.length > 0) todo.push_back(row);
+    if (row.lost)
       std::fill(sums.begin(), sums.end(), kNaN);
     else if (args.kind == kScore && args.grads() && row.length && row.score != -kInf)
       chain.add_gold(row, chain.weight(row), counts, tags, first, last);
@@ -445,6 +445,8 @@ template <class T> int chain_crf(const ChainArgs<T>& args) {
       for (size_t x = 0; x < own.size(); ++x) sums[x] += own[x];
     }
   }
+  for (Row& row : rows.all)
+    if (row.lost) chain.settle(row);  // its gradient has been overwritten with zeros
   if (args.grads()) {
     for (int64_t x = 0; x < tags * tags; ++x) args.grad_transitions[x] = T(counts[x]);
     for (int64_t j = 0; j < tags; ++j) {

@@ -66,7 +66,7 @@ template <class C> struct ChainTables {
 
 // One group's outcome. counts (tags, padded) and the two boundary sums (padded) are written, not added to.
 struct GroupResult {
-  bool flagged[kMaxRows];  // the row must be done again in a wider tier; nothing of it is in the sums
+  bool flagged[kMaxRows];  // the row is done, or must be done again in a wider tier; nothing of it is in the sums
   double *counts, *first, *last;
 };
 

@@ -286,7 +286,7 @@ static void lanes_forward_backward(
     const Row& row = group[r];
     if (args.weights) weight[r] = C(args.weights[row.index]);
     const C* tape = (const C*)a + r;
-    out.flagged[r] = state.flagged[r];
+    out.flagged[r] = row.done || state.flagged[r];
     if (state.suspect[r] >= 0) out.flagged[r] |= underflowed<T, C>(args, row, tape, tags * L, L, state.suspect[r], reached);
     log_z[r] = close_row<T>(tables, row, tape + (row.length - 1) * tags * L, L, power[r], out.flagged[r]);
     served[r] = out.flagged[r] || log_z[r] == -__builtin_inf() ? 0 : -1;
@@ -312,9 +312,8 @@ static void lanes_forward_backward(
       const IVec<C> sound = served & (IVec<C>)(length > Int(k));
       const Vec<C> mean = sound ? splat(C(1)) / whole : Vec<C>{}, share = mean * weight;
       for (int64_t j = 0; j < tags; ++j) {
-        const Vec<C> beta = sound ? b[j] : Vec<C>{};
-        marginals[j] = now[j] * beta * share;
-        step[j] *= beta * mean;
+        marginals[j] = sound ? now[j] * b[j] * share : Vec<C>{};
+        step[j] = sound ? step[j] * (b[j] * mean) : Vec<C>{};
       }
       store_lanes<C>(to.at, active, tags, marginals);  // a flagged row's are done again
       if (k) lanes_product<C, false>(step, tables.backward, tags, b);

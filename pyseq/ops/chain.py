@@ -3,7 +3,8 @@
 Shapes: emissions (B, T, K), transitions (K, K) where [i, j] scores going from tag i to tag j, start and end (K,), where
 None means zeros. Which steps are live is said by `mask` (B, T) bool or by `lengths` (B,), not both; None means all.
 An absent step is skipped: nothing there is read, and its live neighbours connect directly. An empty sequence has log Z,
-score and loss 0. A score of -inf forbids; its gradient is 0. See docs/chain.md for the derivation.
+score and loss 0. A score of -inf forbids; its gradient is 0. NaN and +inf make their sequence NaN. Parameters may have
+any float dtype, float64 only beside float64 emissions. See docs/chain.md for the derivation.
 """
 
 from typing import Any
@@ -95,7 +96,7 @@ def crf_nll(
     """Negative log-likelihood of a tag path: log partition minus score, value and gradient from one sweep.
 
     Arguments and errors as in `crf_score`. Returns (B,), at least 0; +inf, with zero gradient, for a forbidden path
-    (what `zero_infinity=True` means in CTC loss). Differentiable twice. Time O(B T K^2), memory O(B T K).
+    (what `zero_infinity=True` means in CTC loss), also beside a NaN off that path. Differentiable twice. Time O(B T K^2), memory O(B T K).
     The sweep is repeated in backward only when the upstream gradient differs between sequences.
     """
     chain = _arguments(emissions, transitions, start, end, tags, mask, lengths, tagged=True)

@@ -272,6 +272,23 @@ def test_nan_parameters(where: str, poison: float, target: Any) -> None:
     assert (path[torch.tensor(expected)] == -1).all()
 
 
+@pytest.mark.parametrize("shape", [(17, 20, 9), (9, 5, 33)])
+def test_a_forbidden_path_moves_no_bit_of_others(shape: tuple[int, int, int]) -> None:
+    """Sequences are grouped by the batch alone, not by what their neighbours score."""
+    problem = chain(*shape, seed=21)
+    assert problem.tags is not None
+    found = []
+    for score in (0.0, NEG_INF, math.nan):
+        emissions = problem.emissions.clone()
+        emissions[0, 0, problem.tags[0, 0]] = score
+        value, grads = run(problem.replace(emissions=emissions), NLL, "cpp")
+        assert grads[0] is not None
+        found.append((value[1:], grads[0][1:]))
+        assert (grads[0][0] == 0).all() == (score == NEG_INF)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
 def test_forbidden_path_beside_nan(target: Any) -> None:
     """The loss of a forbidden path is +inf and its gradient 0, whatever else the sequence holds."""
     problem = chain(3, 4, 3, seed=13)
