@@ -96,7 +96,8 @@ def crf_nll(
     """Negative log-likelihood of a tag path: log partition minus score, value and gradient from one sweep.
 
     Arguments and errors as in `crf_score`. Returns (B,), at least 0; +inf, with zero gradient, for a forbidden path
-    (what `zero_infinity=True` means in CTC loss), also beside a NaN off that path. Differentiable twice. Time O(B T K^2), memory O(B T K).
+    (what `zero_infinity=True` means in CTC loss), also beside a NaN off that path. Differentiable twice.
+    Time O(B T K^2), memory O(B T K).
     The sweep is repeated in backward only when the upstream gradient differs between sequences.
     """
     chain = _arguments(emissions, transitions, start, end, tags, mask, lengths, tagged=True)
