@@ -109,7 +109,7 @@ def test_extension_builds_and_sources_compile_under_other_interpreters(
 ) -> None:
     run(python, "-m", "venv", "venv", cwd=tmp_path)
     inner = str(tmp_path / "venv" / "bin" / "python")
-    run(inner, "-m", "pip", "install", "--quiet", "setuptools", "wheel", "pybind11", cwd=tmp_path)
+    run(inner, "-m", "pip", "install", "--quiet", "setuptools>=77", "wheel", "pybind11", cwd=tmp_path)
     run(inner, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "out", str(sdist), cwd=tmp_path)
     (wheel,) = (tmp_path / "out").glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
