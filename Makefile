@@ -32,10 +32,11 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 	$(BIN)/python tests/text_law.py
 
+# torch first, at its pin, and seqeval, whose build wants tools of its own; the rest builds with what is here.
 $(VENV)/.ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel pybind11
-	$(BIN)/python -m pip install --quiet torch
+	$(BIN)/python -m pip install --quiet torch seqeval
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench,demo,dev]'
 	touch $@
 
