@@ -347,7 +347,7 @@ std::vector<Row> serve(
     const std::vector<Row>& rows, int32_t path, double* counts, double* first, double* last) {
   std::vector<Row> left;
   const int64_t count = rows.size(), some = rows_in_lanes(count, chain.args.tags, lane_tags, lanes.rows);
-  sweep<C>(chain, lanes, rows.data(), some, lanes.rows, path, counts, first, last, left);
+  sweep<C>(chain, lanes, rows.data(), some, lanes.rows, path | kInLanes, counts, first, last, left);
   sweep<C>(chain, plain, rows.data() + some, count - some, group_rows(count - some), path, counts, first, last, left);
   return left;
 }

@@ -8,7 +8,8 @@ namespace pyseq {
 
 enum Kind { kPartition = 0, kNll = 1, kScore = 2 };
 enum Status { kOk = 0, kBadTag = 1, kBadLength = 2 };
-enum Path : int32_t { kFast = 0, kWide = 1, kLog = 2 };  // float scaled, double scaled, double log domain
+// What served a row: the scaled domain in float or in double, or logs in double; and whether in a vector lane of its own.
+enum Path : int32_t { kFast = 0, kWide = 1, kLog = 2, kInLanes = 4 };
 
 // Emissions (batch, time, tags) with unit stride over tags; parameters contiguous; T is float or double.
 // Null start and end mean zeros, null mask and lengths all live, null weights ones, null gradient of the

@@ -416,8 +416,11 @@ def launches(room: str, backend: str, wrap: Callable[..., Any]) -> Iterator[None
 
 
 @contextlib.contextmanager
-def recorded_paths(backend: str) -> Iterator[list[Tensor]]:
-    """The `paths` (B,) of every chain launch in the block: 0 is the fast branch, the last number the log domain."""
+def recorded_paths(backend: str, mask: int = 3) -> Iterator[list[Tensor]]:
+    """The `paths` (B,) of every chain launch in the block: 0 is the fast branch, the last number the log domain.
+
+    mask: the bits to keep; 4 says whether C++ gave the sequence a vector lane of its own.
+    """
     found: list[Tensor] = []
 
     def wrap(launch: Callable[..., int]) -> Callable[..., int]:
@@ -427,7 +430,9 @@ def recorded_paths(backend: str) -> Iterator[list[Tensor]]:
         @functools.wraps(getattr(launch, "func", launch))
         def recording(emissions: Tensor, *rest: Any) -> int:
             found.append(torch.zeros(len(emissions), dtype=torch.int32, device=emissions.device))
-            return launch(emissions, *rest, paths=found[-1])
+            status = launch(emissions, *rest, paths=found[-1])
+            found[-1] &= mask
+            return status
 
         return recording
 

@@ -35,7 +35,7 @@ def crf(
     """Value and, where `grads` are given, weighted gradients.
 
     `paths` (B,) int32 takes what served each sequence: 0 the scaled domain in the dtype of the sums, 1 the scaled
-    domain in float64, 2 the log domain.
+    domain in float64, 2 the log domain; plus 4 where the sequence had a vector lane to itself.
     """
     g_em, *g_rest = grads or (None,) * 4
     status: int = _CRF[transitions.dtype](

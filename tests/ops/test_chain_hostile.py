@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -270,6 +271,22 @@ def test_nan_parameters(where: str, poison: float, target: Any) -> None:
     score, path = placed(ops.viterbi, target.backend)
     assert score.isnan().tolist() == expected
     assert (path[torch.tensor(expected)] == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("tags", [3, 12, 13, 24, 25])
+def test_few_tags_put_sequences_in_lanes(tags: int, dtype: torch.dtype, target: Any) -> None:
+    """In the float64 tier too, where log Z near 0 sends every other sequence; their numbers are this suite's matter."""
+    if target.backend != "cpp":
+        pytest.skip("has no lanes")
+    level = target.level or importlib.import_module("pyseq._C").cpu_level()
+    problem = chain(48, 6, tags, dtype, seed=22)
+    problem.emissions[::2] -= torch.as_tensor(exact(problem, np.float64).log_z)[::2, None, None] / 6
+    with recorded_paths("cpp", mask=7) as paths:
+        run(problem, PARTITION, "cpp")
+    tiers = {0, 1} if dtype == torch.float32 else {0}
+    lanes = 4 if tags <= (24 if level == 4 else 12) else 0
+    assert set(paths[0].tolist()) == {tier + lanes for tier in tiers}
 
 
 @pytest.mark.parametrize("shape", [(17, 20, 9), (9, 5, 33)])
