@@ -273,14 +273,14 @@ static void rows_forward_backward(
     }
   }
 
-  bool none[kGroupRows];  // no feasible path
+  bool served[kGroupRows];  // rows whose gradients are to be written
   for (int r = 0; r < rows; ++r) {
     const Row& row = group[r];
     const C* last = a + (row.length - 1) * stride + r * padded;
     out.flagged[r] = row.done || state[r].flagged ||
                      (state[r].suspect >= 0 && underflowed<T, C>(args, row, a + r * padded, stride, 1, state[r].suspect, reached));
     log_z[r] = close_row<T>(tables, row, last, 1, state[r].power, out.flagged[r]);
-    none[r] = log_z[r] == -__builtin_inf();
+    served[r] = !out.flagged[r] && log_z[r] != -__builtin_inf();
   }
 
   if (grads) {
@@ -294,7 +294,7 @@ static void rows_forward_backward(
       }
       for (int r = 0; r < rows; ++r) {
         C *ar = now + r * padded, *ur = step + r * padded, *br = b + r * padded;
-        if (r >= active || out.flagged[r] || none[r]) {
+        if (r >= active || !served[r]) {
           for (int64_t j = 0; j < padded; j += L) store<C>(ur + j, Vec<C>{}), store<C>(ar + j, Vec<C>{});
           continue;
         }
@@ -316,14 +316,11 @@ static void rows_forward_backward(
     for (int64_t x = 0; x < tags * padded; ++x) out.counts[x] = 0;
     for (int64_t x = 0; x < padded; ++x) out.first[x] = out.last[x] = 0;
     for (int r = 0; r < rows; ++r) {
-      if (!out.flagged[r] && !args.weights) continue;
+      if (!args.weights || !served[r]) continue;
       const Vec<C> factor = splat(weight[r]);
-      for (int64_t k = 0; k < group[r].length; ++k) {
-        C *ar = a + k * stride + r * padded, *ur = u + k * stride + r * padded;
-        for (int64_t j = 0; j < padded; j += L) {
-          store<C>(ur + j, out.flagged[r] ? Vec<C>{} : load(ur + j) * factor);
-          if (out.flagged[r]) store<C>(ar + j, Vec<C>{});
-        }
+      for (int64_t k = 1; k < group[r].length; ++k) {
+        C* ur = u + k * stride + r * padded;
+        for (int64_t j = 0; j < padded; j += L) store<C>(ur + j, load(ur + j) * factor);
       }
     }
     add_counts<C>(a, u + stride, (longest - 1) * rows, tags, padded, out.counts);

@@ -124,6 +124,7 @@ def _forward(f, weights_in, start, steps, n, num_tags, a, u):
     """
     padded = a.shape[1]
     log_scale = 0.0
+    scales = 1.0  # product of those not in log_scale yet: a logarithm a step would cost a tenth of the time
     clean = True
     suspect = -1
     hidden = -_INF
@@ -167,11 +168,14 @@ def _forward(f, weights_in, start, steps, n, num_tags, a, u):
                 elif not now[j] >= _TINY:
                     clean = False
             suspect = k if hidden > _HIDDEN or top == 0.0 else suspect
-        log_scale -= math.log(scale)
+        scales *= scale
+        if not 1e-80 < scales < 1e80:
+            log_scale -= math.log(scales)
+            scales = 1.0
         for j in range(padded):
             now[j] *= scale
             step[j] *= scale
-    return log_scale, clean, suspect
+    return log_scale - math.log(scales), clean, suspect
 
 
 @njit(**_JIT)

@@ -7,6 +7,7 @@ score and loss 0. A score of -inf forbids; its gradient is 0. NaN and +inf make 
 any float dtype, float64 only beside float64 emissions. See docs/chain.md for the derivation.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -376,11 +377,14 @@ _viterbi = register(
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def _uniform(upstream: Tensor) -> bool:
-    """Whether all sequences have one gradient weight, as far as the host can tell without waiting for a device."""
-    if upstream.stride(0) == 0:  # what .sum() sends back
-        return True
-    return _on_host(upstream) and torch.equal(upstream, upstream[:1].expand_as(upstream))  # what .mean() sends back
+def _shared_weight(upstream: Tensor) -> Tensor | float | None:
+    """What all gradients are to be multiplied by, if the host sees at once that it is one number and finite, or 1."""
+    if not _on_host(upstream):
+        return upstream[0] if upstream.stride(0) == 0 else None
+    if upstream.stride(0) and not torch.equal(upstream, upstream[:1].expand_as(upstream)):  # .mean() has equal ones
+        return None
+    weight: float = upstream[0].item()
+    return weight if math.isfinite(weight) else None  # times the zeros of an infeasible sequence it would be NaN
 
 
 def _refuse_batched(upstream: Tensor) -> None:
@@ -421,11 +425,11 @@ class _Value(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             value = _reference(ctx.options[0], ctx.options[1], chain)
             return (*_reference_grad(ctx, value, chain, upstream), *[None] * 6)
-        if upstream.numel() and _uniform(upstream):
-            if not _on_host(upstream) or _keeps_graph() or upstream[0].item() != 1.0:
-                grads = torch._foreach_mul(grads, upstream[0])
-        elif upstream.numel():
+        weight = _shared_weight(upstream) if upstream.numel() else 1.0
+        if weight is None:
             _, *grads = _value_and_grad(*chain, upstream, *ctx.options)
+        elif _keeps_graph() or not isinstance(weight, float) or weight != 1.0:
+            grads = torch._foreach_mul(grads, weight)
         return (*(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6)
 
 

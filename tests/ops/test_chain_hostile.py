@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyseq import ops
 from pyseq.kernels.common import NLL, PARTITION
-from pyseq.testing import NEG_INF, ROOM_FOR_ERROR, Chain, Known, assert_within, chain, exact, mixed, recorded_paths, run
+from pyseq.testing import KINDS, NEG_INF, ROOM_FOR_ERROR, Chain, Known, assert_within, chain, exact, mixed, recorded_paths, run
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -264,13 +264,36 @@ def test_nan_parameters(where: str, poison: float, target: Any) -> None:
     problem = chain(4, 3, 3, seed=11).replace(lengths=torch.tensor([3, 1, 0, 2]))
     target.spare(6)
     getattr(problem, where)[1] = poison
-    placed = problem.to(target.device)
-    expected = [True, where != "transitions", False, True]
-    assert placed(ops.crf_log_partition, target.backend).isnan().tolist() == expected
-    assert placed(ops.crf_nll, target.backend).isnan().tolist() == expected
-    score, path = placed(ops.viterbi, target.backend)
-    assert score.isnan().tolist() == expected
-    assert (path[torch.tensor(expected)] == -1).all()
+    for times in (1, 8)[: 1 + (target.backend == "cpp")]:
+        placed = problem.crowd(times).to(target.device)
+        expected = [True, where != "transitions", False, True] * times
+        assert placed(ops.crf_log_partition, target.backend).isnan().tolist() == expected
+        assert placed(ops.crf_nll, target.backend).isnan().tolist() == expected
+        score, path = placed(ops.viterbi, target.backend)
+        assert score.isnan().tolist() == expected
+        assert (path[torch.tensor(expected)] == -1).all()
+
+
+@pytest.mark.parametrize("weight", [math.inf, math.nan])
+@pytest.mark.parametrize("batch", [1, 3, 18])
+@pytest.mark.parametrize("tags", [5, 40])
+def test_no_weight_moves_an_infeasible_sequence(tags: int, batch: int, weight: float, target: Any) -> None:
+    """Its gradient is zero whatever the loss makes of its infinity, a square for one."""
+    target.spare(3 * batch)
+    if batch == 1 and target.device != "cpu":
+        pytest.skip("one weight for all is multiplied where it lies")
+    problem = chain(batch, 3, tags, seed=13)
+    problem.emissions[batch // 2, 1] = NEG_INF
+    for kind in target.kinds:
+        placed = problem.to(target.device).leaves()
+        value = placed(KINDS[kind], target.backend)
+        upstream = torch.ones_like(value)
+        wanted = torch.autograd.grad(value, placed.scores(), upstream, retain_graph=True)
+        upstream[batch // 2] = weight
+        found = torch.autograd.grad(value, placed.scores(), upstream)
+        assert not found[0][batch // 2].any()
+        for x, y in zip(found, wanted, strict=True):
+            torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
