@@ -11,7 +11,7 @@ import torch
 
 from pyseq.kernels.chain import triton as kernels
 from pyseq.kernels.common import NLL, PARTITION, SCORE
-from pyseq.testing_aot import TARGETS, Launch, compile_launch, excess, record, usage
+from pyseq.testing.aot import TARGETS, Launch, compile_launch, excess, record, usage
 
 COLUMNS = ("kernel", "kind", "dtype", "K", "target", "num_warps", "registers", "spill", "scalar_spill", "shared")
 KINDS = {"partition": PARTITION, "nll": NLL, "score": SCORE}

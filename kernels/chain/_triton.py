@@ -19,6 +19,9 @@ LN2: constexpr = constexpr(0.6931471805599453)
 IS_PARTITION: constexpr = constexpr(PARTITION)
 IS_NLL: constexpr = constexpr(NLL)
 IS_SCORE: constexpr = constexpr(SCORE)
+# arguments that change from call to call must not compile a kernel again
+PER_CALL = ["T", "s_b", "s_t", "g_b", "g_t", "B", "kappa"]
+INPUTS = ["p_emissions", "p_tags", "p_mask", "p_lengths", "p_weights", "p_value", "p_grad", "p_scores", "p_path"]
 
 
 @triton.jit

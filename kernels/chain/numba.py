@@ -1,6 +1,7 @@
 """Numba launchers of the chain room: serial, float64 inside, one sequence at a time.
 
 A sequence runs in the scaled exponential domain; where a reachable state underflows it is done again in the log domain.
+All in one file: Numba's cache on disk watches only the file of the function that Python calls.
 """
 
 import math

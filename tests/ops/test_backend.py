@@ -10,7 +10,7 @@ import torch
 import pyseq
 from pyseq import ops
 from pyseq.ops._backend import BACKENDS, ROOMS, Explanation, explain
-from pyseq.testing import Chain, chain, recorded_paths
+from pyseq.testing.chain import Chain, chain, recorded_paths
 
 
 def small() -> Chain:

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from pyseq import ops
 from pyseq.kernels.common import PARTITION
-from pyseq.testing import (
+from pyseq.testing import assert_within, unit
+from pyseq.testing.chain import (
     KINDS,
     LIVE,
     NEG_INF,
     ROOM_FOR_ERROR,
     Chain,
     Known,
-    assert_within,
     brute_force,
     chain,
     exact,
@@ -33,7 +33,6 @@ from pyseq.testing import (
     mixed,
     recorded_paths,
     run,
-    unit,
 )
 
 pytestmark = pytest.mark.usefixtures("poison")

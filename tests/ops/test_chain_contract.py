@@ -17,7 +17,8 @@ from torch._dynamo.testing import CompileCounter
 from pyseq import ops
 from pyseq.kernels.common import NLL, PARTITION, SCORE
 from pyseq.ops._backend import BACKENDS
-from pyseq.testing import Chain, assert_within, chain, exact, unit
+from pyseq.testing import assert_within, unit
+from pyseq.testing.chain import Chain, chain, exact
 
 CPU = ("reference", "numba", "cpp")
 on_cpu = pytest.mark.parametrize("backend", CPU)

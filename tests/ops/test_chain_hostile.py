@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pyseq import ops
 from pyseq.kernels.common import NLL, PARTITION
-from pyseq.testing import KINDS, NEG_INF, ROOM_FOR_ERROR, Chain, Known, assert_within, chain, exact, mixed, recorded_paths, run
+from pyseq.testing import assert_within
+from pyseq.testing.chain import KINDS, NEG_INF, ROOM_FOR_ERROR, Chain, Known, chain, exact, mixed, recorded_paths, run
 
 pytestmark = pytest.mark.usefixtures("poison")
 

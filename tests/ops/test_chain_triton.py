@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pyseq.kernels.common import NLL, PARTITION, SCORE
-from pyseq.testing import NEG_INF, Chain, Guarded, assert_within, chain, exact
+from pyseq.testing import Guarded, assert_within
+from pyseq.testing.chain import NEG_INF, Chain, chain, exact
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -313,7 +314,7 @@ def test_no_recompilation() -> None:
     code = """
 import sys; sys.path.insert(0, "tests")
 import aot, torch
-from pyseq.testing_aot import recompiled_by
+from pyseq.testing.aot import recompiled_by
 for num_tags in (9, 128):
     first = aot.launches(torch.float32, num_tags, aot.NLL, 1, 1)
     for batch, time in ((2, 16), (16, 33), (5, 1024)):

@@ -1,0 +1,77 @@
+"""What the tests of all rooms share: comparison within a budget, guard bands, and launchers replaced for a while.
+
+Problems, oracles and budgets of a room are in the module of its name. Nothing here is needed to use pyseq.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyseq.ops._backend import launcher
+
+Array = np.ndarray[Any, Any]
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Largest relative error of one rounding."""
+    return torch.finfo(dtype).eps / 2
+
+
+def assert_within(what: str, actual: Tensor, expected: Array, budget: Array | float) -> None:
+    """Equal where not finite, else within the budget; says the worst element, its place and the share that fails."""
+    got = actual.detach().cpu().double().numpy()
+    assert got.shape == expected.shape, f"{what}: shape {got.shape} for {expected.shape}"
+    same = (got == expected) | (np.isnan(got) & np.isnan(expected))
+    with np.errstate(invalid="ignore"):
+        error = np.where(same, 0, abs(got - expected))
+        excess = np.where(same, 0, error - budget)
+    bad = ~(excess <= 0)
+    if bad.any():
+        at = np.unravel_index(np.where(np.isnan(excess), np.inf, excess).argmax(), excess.shape)
+        room = float(np.broadcast_to(np.asarray(budget), excess.shape)[at])
+        raise AssertionError(
+            f"{what}{list(map(int, at))}: got {got[at]!r} for {float(expected[at])!r}, off by {float(error[at]):.3g} "
+            f"with a budget of {room:.3g}; {bad.mean():.1%} of elements fail"
+        )
+
+
+@contextlib.contextmanager
+def launches(room: str, backend: str, wrap: Callable[..., Any]) -> Iterator[None]:
+    """Each launcher `crf` and `viterbi` of a backend replaced by wrap(launcher)."""
+    module = launcher(room, backend)
+    before = {name: getattr(module, name) for name in ("crf", "viterbi")}
+    for name, launch in before.items():
+        setattr(module, name, wrap(launch))
+    try:
+        yield
+    finally:
+        for name, launch in before.items():
+            setattr(module, name, launch)
+
+
+class Guarded:
+    """Tensors that are slices of larger ones; the elements around them hold NaN, or 77 for integers and bools."""
+
+    def __init__(self, width: int = 67) -> None:
+        self.width = width
+        self.bands: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """A contiguous copy of x between two bands."""
+        width, byte = self.width, x.dtype == torch.bool
+        filler = math.nan if x.is_floating_point() else 77
+        flat = torch.full((x.numel() + 2 * width,), filler, dtype=torch.uint8 if byte else x.dtype, device=x.device)
+        self.bands += [flat[:width], flat[width + x.numel() :]]
+        inner = flat[width : width + x.numel()]
+        inner = inner.view(torch.bool) if byte else inner
+        return inner.copy_(x.reshape(-1)).view(x.shape)
+
+    def check(self) -> None:
+        for band in self.bands:
+            intact = band.isnan() if band.is_floating_point() else band == 77
+            assert intact.all(), f"written past a buffer, {int((~intact).sum())} elements away from it"
