@@ -7,15 +7,14 @@ score and loss 0. A score of -inf forbids; its gradient is 0. NaN and +inf make 
 any float dtype, float64 only beside float64 emissions. See docs/chain.md for the derivation.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pyseq.kernels.common import BAD_LENGTH, BAD_TAG, NLL, PARTITION, SCORE
 from pyseq.ops import _check
+from pyseq.ops._autograd import keeps_graph, on_host, refuse_batched, refuse_transforms, shared_weight
 from pyseq.ops._backend import Backend, Room, checks_forced, launcher
 from pyseq.ops._library import register
 from pyseq.reference import chain as reference
@@ -246,23 +245,12 @@ def _integers(name: str, x: Optional, emissions: Tensor, shape: tuple[int, ...],
 def _choose(chain: Chain, backend: str) -> tuple[str, bool]:
     """The backend, and whether tags and lengths out of range raise rather than make their sequence NaN."""
     emissions = chain[0]
-    traced = torch.compiler.is_compiling()
-    if not traced and torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "torch.func transforms (vmap, grad, jacrev) do not reach pyseq.ops; use torch.autograd instead"
-        )
-    if not traced and forward_ad._current_level >= 0 and any(_tangent(x) is not None for x in chain[:4]):
-        raise RuntimeError("forward-mode derivatives do not reach pyseq.ops; use backward() or torch.autograd.grad")
+    refuse_transforms(chain[:4])
     chosen = CHAIN.choose(backend, emissions)
-    on_cpu = emissions.device.type == "cpu"
-    check = (on_cpu and not traced) or checks_forced()
-    if check and (chosen == "reference" or not on_cpu):
+    check = on_host(emissions) or checks_forced()
+    if check and (chosen == "reference" or emissions.device.type != "cpu"):
         _raise_bad_values(*chain)
     return chosen, check
-
-
-def _tangent(x: Optional) -> Optional:
-    return None if x is None else forward_ad.unpack_dual(x).tangent
 
 
 def _live(chain: Chain) -> Tensor:
@@ -373,35 +361,6 @@ _viterbi = register(
 )
 
 
-# whether this backward may run again: then the saved gradient must not get into other hands
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-
-
-def _shared_weight(upstream: Tensor) -> Tensor | float | None:
-    """What all gradients are to be multiplied by, if the host sees at once that it is one number and finite, or 1."""
-    if not _on_host(upstream):
-        return upstream[0] if upstream.stride(0) == 0 else None
-    if upstream.stride(0) and not torch.equal(upstream, upstream[:1].expand_as(upstream)):  # .mean() has equal ones
-        return None
-    weight: float = upstream[0].item()
-    return weight if math.isfinite(weight) else None  # times the zeros of an infeasible sequence it would be NaN
-
-
-def _refuse_batched(upstream: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return
-    functorch = torch._C._functorch
-    if functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream):
-        raise RuntimeError(
-            "batched gradients (is_grads_batched, vectorize=True) do not reach pyseq.ops; take them one at a time"
-        )
-
-
-def _on_host(x: Tensor) -> bool:
-    """Whether Python may look at values."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _needs_grad(chain: Chain) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in chain[:4])
 
@@ -419,16 +378,16 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Optional, ...]:  # type: ignore[override]
-        _refuse_batched(upstream)
+        refuse_batched(upstream)
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor only once
         chain, grads = saved[:7], saved[7:]
         if torch.is_grad_enabled():  # create_graph=True
             value = _reference(ctx.options[0], ctx.options[1], chain)
             return (*_reference_grad(ctx, value, chain, upstream), *[None] * 6)
-        weight = _shared_weight(upstream) if upstream.numel() else 1.0
+        weight = shared_weight(upstream) if upstream.numel() else 1.0
         if weight is None:
             _, *grads = _value_and_grad(*chain, upstream, *ctx.options)
-        elif _keeps_graph() or not isinstance(weight, float) or weight != 1.0:
+        elif keeps_graph() or not isinstance(weight, float) or weight != 1.0:
             grads = torch._foreach_mul(grads, weight)
         return (*(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6)
 
@@ -442,7 +401,7 @@ class _Marginals(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Optional, ...]:  # type: ignore[override]
-        _refuse_batched(upstream)
+        refuse_batched(upstream)
         chain = ctx.saved_tensors
         if not torch.is_grad_enabled():
             chain = *(x if x is None else x.detach().requires_grad_() for x in chain[:4]), *chain[4:]
