@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from pyseq.info import cpu_name
+
 CACHE_LINES = 1 << 24  # floats in each buffer of torch's copy: 64 MiB
 STATUS = Path("/proc/self/status")
 
@@ -164,7 +166,7 @@ def machine(device: str) -> dict[str, str]:
     """The columns that say where and with what a row was measured."""
     cpus = f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPUs"
     return {
-        "machine": torch.cuda.get_device_name() if device == "cuda" else f"{_cpu_model()}, {cpus}",
+        "machine": torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {cpus}",
         "isa": f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
         if device == "cuda"
         else torch.backends.cpu.get_cpu_capability(),
@@ -177,16 +179,6 @@ def machine(device: str) -> dict[str, str]:
         "load": f"{os.getloadavg()[0]:.1f}",
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _cpu_model() -> str:
-    fields: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    family = f" (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else ""
-    return name + family
 
 
 @cache

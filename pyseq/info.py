@@ -1,5 +1,6 @@
 """`python -m pyseq.info`: versions, devices, which backend serves which op, or why not. For bug reports."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import platform
@@ -21,12 +22,14 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def cpu_name() -> str:
+    """As the kernel of the system has it; family and model, where known, tell generations of one name apart."""
+    fields: dict[str, str] = {}
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        lines = file.read().split("\n\n")[0].splitlines()
+        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return name + (f" (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else "")
 
 
 def _level() -> str:
@@ -41,7 +44,7 @@ def report() -> str:
     """The whole report as text."""
     lines = [f"pyseq {__version__}, Python {sys.version.split()[0]}, {platform.system()} {platform.machine()}"]
     lines += [", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numba", "numpy"))]
-    lines += [f"cpu   {_cpu()}, {torch.get_num_threads()} threads, {_level()}"]
+    lines += [f"cpu   {cpu_name()}, {torch.get_num_threads()} threads, {_level()}"]
     devices = ["cpu"]
     for index in range(torch.cuda.device_count()):
         lines.append(f"cuda  {torch.cuda.get_device_name(index)}")

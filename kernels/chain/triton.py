@@ -58,6 +58,7 @@ CHUNK = 32  # steps of one sequence that a product of the transition gradient ta
 SCAN = 128  # steps that compaction and scoring take at once
 PARTS = 256  # programs that share the transition gradient
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
+REGISTERS = {} if torch.version.hip else {"maxnreg": 255}  # else ptxas spills to make room for a second program
 
 
 def _scratch(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -128,7 +129,8 @@ def crf(
         ends = _scratch(emissions, batch, 2, num_tags, dtype=dtype)
         grad = grads[0].zero_()
         out = (weights, turned, right, low, grad, grad.stride(0), grad.stride(1), ends)
-        crf_bwd_kernel[(batch,)](*common, *out, **sizes, **blocks, **OPTIONS)
+        registers = REGISTERS if c.num_warps <= 8 else {}
+        crf_bwd_kernel[(batch,)](*common, *out, **sizes, **blocks, **registers, **OPTIONS)
         tiles = triton.cdiv(c.KP, c.tile) ** 2
         slots = max(min(batch * triton.cdiv(time, CHUNK), PARTS // tiles), 1)
         parts = _scratch(emissions, slots, num_tags, num_tags, dtype=dtype)

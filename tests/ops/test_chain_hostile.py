@@ -265,7 +265,7 @@ def test_nan_parameters(where: str, poison: float, target: Any) -> None:
     problem = chain(4, 3, 3, seed=11).replace(lengths=torch.tensor([3, 1, 0, 2]))
     target.spare(6)
     getattr(problem, where)[1] = poison
-    for times in (1, 8)[: 1 + (target.backend == "cpp")]:
+    for times in (1, 7)[: 1 + (target.backend == "cpp")]:  # lanes of unlike length
         placed = problem.crowd(times).to(target.device)
         expected = [True, where != "transitions", False, True] * times
         assert placed(ops.crf_log_partition, target.backend).isnan().tolist() == expected

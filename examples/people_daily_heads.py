@@ -1,0 +1,147 @@
+"""Does a CRF head find more entities than a softmax head on the same encoder, and what does it cost?
+
+Trains both heads of `people_daily_tagger.py` on three seeds and writes a row of `docs/people-daily.csv` for each
+finished run, then the figure beside it. A restart skips the runs that are in the CSV; delete it to start anew.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from people_daily_tagger import FULL, HEADS, QUICK, Result, Settings, study
+from tqdm import tqdm
+
+from pyseq.data import ENTITY_TYPES
+from pyseq.info import cpu_name
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+SCORES = ("word_f1", "entity_precision", "entity_recall", "entity_f1", *(f"{kind}_f1" for kind in ENTITY_TYPES))
+LABELS = {"word_f1": "words", "entity_f1": "entities", "nr_f1": "persons", "ns_f1": "places", "nt_f1": "organisations"}
+Row = dict[str, str]
+
+
+def settled(settings: Settings) -> Row:
+    return {name: str(value) for name, value in asdict(settings).items()}
+
+
+def row(result: Result, seed: int, settings: Settings, threads: int) -> Row:
+    total, kinds = result.entities["all"], [result.entities[kind].f1 for kind in ENTITY_TYPES]
+    scores = (result.words.f1, total.precision, total.recall, total.f1, *kinds)
+    return {
+        "head": result.head,
+        "seed": str(seed),
+        **settled(settings),
+        "best_epoch": str(result.best_epoch),
+        **{name: f"{score:.5f}" for name, score in zip(SCORES, scores, strict=True)},
+        "train_tokens_per_s": f"{result.train_speed:.0f}",
+        "decode_tokens_per_s": f"{result.decode_speed:.0f}",
+        "threads": str(threads),
+        "machine": cpu_name(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def read(path: Path, settings: Settings) -> list[Row]:
+    """Rows of these settings."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [line for line in csv.DictReader(file) if settled(settings).items() <= line.items()]
+
+
+def append(path: Path, line: Row) -> None:
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(line), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(line)
+
+
+def values(rows: list[Row], head: str, name: str) -> list[float]:
+    """In the order of the seeds."""
+    return [float(line[name]) for line in sorted(rows, key=lambda line: int(line["seed"])) if line["head"] == head]
+
+
+def spread(x: list[float], digits: int) -> str:
+    deviation = f" ± {statistics.stdev(x):,.{digits}f}" if len(x) > 1 else ""
+    return f"{statistics.mean(x):,.{digits}f}{deviation}"
+
+
+def table(rows: list[Row]) -> str:
+    """Mean and standard deviation over the seeds of each head, and of the difference within a seed."""
+    lines = [["", *HEADS, "CRF less softmax", "better in"]]
+    for name in (*SCORES, "train_tokens_per_s", "decode_tokens_per_s"):
+        digits = 0 if name.endswith("_s") else 4
+        softmax, crf = (values(rows, head, name) for head in HEADS)
+        gain = [b - a for a, b in zip(softmax, crf, strict=True)]
+        better = f"{sum(x > 0 for x in gain)} of {len(gain)} seeds"
+        lines.append([name.replace("_", " "), *(spread(x, digits) for x in (softmax, crf, gain)), better])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(x, widths, strict=True)) for x in lines)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    seeds = len({line["seed"] for line in rows})
+    for head, colour, shift in zip(HEADS, ("tab:orange", "tab:blue"), (-0.12, 0.12), strict=True):
+        for i, name in enumerate(LABELS):
+            scores = [100 * x for x in values(rows, head, name)]
+            place, mean = i + shift, statistics.mean(scores)
+            axes.plot([place] * len(scores), scores, "o", color=colour, alpha=0.6, label=head if i == 0 else None)
+            axes.hlines(mean, place - 0.1, place + 0.1, color=colour)
+            axes.annotate(
+                f"{mean:.1f}", (place + shift, mean), ha="left" if shift > 0 else "right", va="center", size=8
+            )
+    axes.set_xticks(range(len(LABELS)), list(LABELS.values()))
+    axes.set_ylabel("F1 on the test split, %")
+    axes.set_title(f"People's Daily: one encoder, two heads, {seeds} seeds each", size=10)
+    axes.legend(loc="lower left")
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one epoch a run, written only to --csv")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each head (default: 3)")
+    parser.add_argument("--epochs", type=int, help="passes over the training split, instead of the preset's")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads a run; two run at a time (default: 1)")
+    parser.add_argument("--csv", type=Path, help="instead of docs/people-daily.csv")
+    args = parser.parse_args()
+    if args.seeds < 1 or (args.epochs is not None and args.epochs < 1):
+        parser.error("--seeds and --epochs must be at least 1")
+    if args.quick and args.csv is None:
+        parser.error("--quick needs --csv: the published table has full runs only")
+    settings = QUICK if args.quick else FULL
+    settings = settings if args.epochs is None else replace(settings, epochs=args.epochs)
+    path: Path = args.csv or DOCS / "people-daily.csv"
+    done = {(line["head"], int(line["seed"])) for line in read(path, settings)}
+    queue = [(head, seed) for seed in range(args.seeds) for head in HEADS if (head, seed) not in done]
+    print(f"{len(queue)} runs to go, {len(done)} in {path.name}; {settings}", flush=True)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(len(HEADS), context, initializer=tqdm.set_lock, initargs=(context.RLock(),)) as pool:
+        running = {pool.submit(study, head, settings, seed, args.threads): seed for head, seed in queue}
+        for future in as_completed(running):
+            append(path, row(future.result(), running[future], settings, args.threads))
+    rows = [line for line in read(path, settings) if int(line["seed"]) < args.seeds]
+    print("\n" + table(rows))
+    plot(rows, path.with_suffix(".png"))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
