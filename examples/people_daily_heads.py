@@ -107,6 +107,7 @@ def plot(rows: list[Row], path: Path) -> None:
                 f"{mean:.1f}", (place + shift, mean), ha="left" if shift > 0 else "right", va="center", size=8
             )
     axes.set_xticks(range(len(LABELS)), list(LABELS.values()))
+    axes.set_xlim(-0.6, len(LABELS) - 0.4)
     axes.set_ylabel("F1 on the test split, %")
     axes.set_title(f"People's Daily: one encoder, two heads, {seeds} seeds each", size=10)
     axes.legend(loc="lower left")
