@@ -6,10 +6,13 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-gpu bench aot lint wheel clean
+.PHONY: demo study test test-slow test-gpu bench aot lint wheel clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/people_daily_tagger.py $(ARGS)
+
+study: $(VENV)/.ready
+	$(BIN)/python examples/people_daily_heads.py $(ARGS)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)

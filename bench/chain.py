@@ -25,6 +25,7 @@ def workload(name: str, batch: int, time: int, tags: int, quick: bool = False) -
 
 
 WORKLOADS = (
+    workload("tiny", 1, 2, 2),  # what a call costs before it computes
     workload("ner", 64, 256, 9, quick=True),  # CoNLL-2003 tags in BIO, paragraphs
     workload("ner-small", 32, 128, 9, quick=True),  # the same, sentences
     workload("pos", 64, 128, 32, quick=True),  # part of speech

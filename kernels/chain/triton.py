@@ -114,6 +114,7 @@ def crf(
     common = (*chain, shift, row, steps, tape, count, paths, time)
     sizes = {"K": num_tags, "KP": c.KP, "KIND": kind}
     blocks = {"BI": c.BI, "BL": c.BL, "KEEP": c.KEEP, "CHUNK": SCAN, "num_warps": c.num_warps}
+    blocks |= REGISTERS if c.num_warps <= 8 else {}
     with _launching(emissions):
         if kind != SCORE:
             block = {"BI": min(c.KP, 16), "BJ": min(c.KP, 64)}
@@ -129,8 +130,7 @@ def crf(
         ends = _scratch(emissions, batch, 2, num_tags, dtype=dtype)
         grad = grads[0].zero_()
         out = (weights, turned, right, low, grad, grad.stride(0), grad.stride(1), ends)
-        registers = REGISTERS if c.num_warps <= 8 else {}
-        crf_bwd_kernel[(batch,)](*common, *out, **sizes, **blocks, **registers, **OPTIONS)
+        crf_bwd_kernel[(batch,)](*common, *out, **sizes, **blocks, **OPTIONS)
         tiles = triton.cdiv(c.KP, c.tile) ** 2
         slots = max(min(batch * triton.cdiv(time, CHUNK), PARTS // tiles), 1)
         parts = _scratch(emissions, slots, num_tags, num_tags, dtype=dtype)

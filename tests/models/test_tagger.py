@@ -1,4 +1,6 @@
+import importlib
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -191,3 +193,30 @@ def test_demo_shows_words_and_entities(demo: ModuleType) -> None:
     labels = ["S|B-nr", "B|I-nr", "E|I-nr", "S|O", "B|B-ns", "E|I-ns"]
     assert demo.show("江泽民在北京", labels, False) == "[江 泽民]person 在 [北京]place"
     assert demo.show("江泽民在北京", labels, True) == "\033[1;31m江 泽民\033[0m 在 \033[1;32m北京\033[0m"
+
+
+def test_study_skips_finished_runs_and_pairs_seeds(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(DEMO.parent))
+    heads = importlib.import_module("people_daily_heads")
+    path = tmp_path / "runs.csv"
+    for head, seed, right in (("crf", 1, 8), ("softmax", 0, 4), ("crf", 0, 6), ("softmax", 1, 7)):
+        score = demo.SpanScore(correct=right, predicted=10, gold=10)
+        scores = {kind: score for kind in ("all", *demo.ENTITY_TYPES)}
+        result = demo.Result(head, {}, score, scores, 2000.0, 3000.0, 1)
+        heads.append(path, heads.row(result, seed, demo.FULL, 1))
+    rows = heads.read(path, demo.FULL)
+    assert {(line["head"], line["seed"]) for line in rows} == {(h, s) for h in demo.HEADS for s in "01"}
+    assert heads.read(path, demo.QUICK) == []
+    assert heads.values(rows, "softmax", "entity_f1") == [0.4, 0.7]
+    line = next(line for line in heads.table(rows).splitlines() if "entity f1" in line)
+    assert re.split(r"\s{2,}", line.strip())[1:] == [
+        "0.5500 ± 0.2121",
+        "0.7000 ± 0.1414",
+        "0.1500 ± 0.0707",
+        "2 of 2 seeds",
+    ]
+    heads.plot(rows, tmp_path / "runs.png")
+    assert (tmp_path / "runs.png").stat().st_size > 10_000
