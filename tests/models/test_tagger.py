@@ -188,6 +188,15 @@ def test_demo_cuts_lines_without_loss(demo: ModuleType) -> None:
     assert [demo.LABELS[i] for i in torch.cat(split.labels)] == lines[0].labels + lines[1].labels
 
 
+def test_demo_forbids_what_no_piece_has(demo: ModuleType) -> None:
+    split = demo.Split([], [], [torch.tensor([0, 3, 3]), torch.tensor([2])], [])
+    transitions, start, end = demo.seen_paths(split)
+    assert {tuple(x) for x in (transitions == 0).nonzero().tolist()} == {(0, 3), (3, 3)}
+    assert (start == 0).nonzero().flatten().tolist() == [0, 2]
+    assert (end == 0).nonzero().flatten().tolist() == [2, 3]
+    assert set(torch.cat((transitions.flatten(), start, end)).tolist()) == {0.0, -torch.inf}
+
+
 def test_demo_shows_words_and_entities(demo: ModuleType) -> None:
     labels = ["S|B-nr", "B|I-nr", "E|I-nr", "S|O", "B|B-ns", "E|I-ns"]
     assert demo.show("江泽民在北京", labels, False) == "[江 泽民]person 在 [北京]place"
@@ -201,17 +210,19 @@ def test_study_skips_finished_runs_and_pairs_seeds(
     monkeypatch.syspath_prepend(str(DEMO.parent))
     heads = importlib.import_module("people_daily_heads")
     path = tmp_path / "runs.csv"
-    for head, seed, right in (("crf", 1, 8), ("softmax", 0, 4), ("crf", 0, 6), ("softmax", 1, 7)):
+    runs = [("crf", 1, 8), ("softmax", 0, 4), (demo.LEGAL, 0, 5), ("crf", 0, 6), ("softmax", 1, 7), (demo.LEGAL, 1, 9)]
+    for head, seed, right in runs:
         score = demo.SpanScore(correct=right, predicted=10, gold=10)
         scores = {kind: score for kind in ("all", *demo.ENTITY_TYPES)}
         result = demo.Result(head, {}, score, scores, 2000.0, 3000.0, 1)
         heads.append(path, heads.row(result, seed, demo.FULL, 1))
     rows = heads.read(path, demo.FULL)
-    assert {(line["head"], line["seed"]) for line in rows} == {(h, s) for h in demo.HEADS for s in "01"}
+    assert {(line["head"], line["seed"]) for line in rows} == {(h, s) for h in (*demo.HEADS, demo.LEGAL) for s in "01"}
     assert heads.read(path, demo.QUICK) == []
     assert heads.values(rows, "softmax", "entity_f1") == [0.4, 0.7]
     line = next(line for line in heads.table(rows) if line[0] == "entities, F1")
-    assert line[1:] == ["0.5500 ± 0.2121", "0.7000 ± 0.1414", "0.1500 ± 0.0707", "2 of 2 seeds"]
+    assert line[1:4] == ["0.5500 ± 0.2121", "0.7000 ± 0.2828", "0.7000 ± 0.1414"]
+    assert line[4:] == ["0.1500 ± 0.0707 (2 of 2)", "0.0000 ± 0.1414 (1 of 2)"]
     assert "| " + " | ".join(line) + " |\n" in heads.page(rows, demo.FULL, "runs")
     heads.plot(rows, tmp_path / "runs.png")
     assert (tmp_path / "runs.png").stat().st_size > 10_000
