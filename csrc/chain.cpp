@@ -214,50 +214,54 @@ int64_t panel_width(int64_t left, int lanes, int panel) {
   return left >= panel * lanes ? panel * lanes : panel == 3 && left == 2 * lanes ? 2 * lanes : lanes;
 }
 
-// exp of the parameters, less their maxima, laid out for one level. Not usable where one is NaN or +inf.
-template <class C, class T> struct Tables {
+// exp of the parameters, less their maxima, laid out for one kernel. Not usable where one is NaN or +inf.
+template <class T, class C> struct Tables {
   ChainTables<C> view;
   Block block;
+  C* weights;  // exp(transitions - top), (tags, tags)
   bool usable = true;
 
-  Tables(const ChainArgs<T>& args, int lanes, int panel) {
-    const int64_t tags = args.tags, padded = (tags + lanes - 1) / lanes * lanes;
-    block = allocate(sizeof(C) * padded * (2 * tags + 2));
+  Tables(const ChainArgs<T>& args, const ChainSweep<T, C>& kernel, int threads) {
+    const int64_t tags = args.tags, padded = (tags + kernel.lanes - 1) / kernel.lanes * kernel.lanes;
+    const int64_t panel = kernel.panel ? kernel.panel * kernel.lanes : padded, size = padded * (2 * tags + 2);
+    block = allocate(sizeof(C) * (size + tags * tags));
     C* forward = static_cast<C*>(block.get());
     C *backward = forward + tags * padded, *start = backward + tags * padded, *end = start + padded;
+    weights = end + padded;
     view = {tags, padded, forward, backward, start, end, 0, 0, 0, nullptr, nullptr};
     view.top = top_of(args.transitions, tags * tags);
     view.start_top = args.start ? top_of(args.start, tags) : 0.0;
     view.end_top = args.end ? top_of(args.end, tags) : 0.0;
-    std::memset(block.get(), 0, sizeof(C) * padded * (2 * tags + 2));
-    for (int64_t j0 = 0; j0 < padded;) {  // panels
-      const int64_t step = panel_width(padded - j0, lanes, panel);
+    std::memset(forward, 0, sizeof(C) * size);
+    std::fill_n(start, tags, C(1));
+    std::fill_n(end, tags, C(1));
+    usable &= !args.start || kernel.exponentials(args.start, tags, view.start_top, start);
+    usable &= !args.end || kernel.exponentials(args.end, tags, view.end_top, end);
+    bool good = true;
+#pragma omp parallel num_threads(threads) if (threads > 1 && tags >= 64)
+    {
+#pragma omp for reduction(&& : good)
       for (int64_t i = 0; i < tags; ++i)
-        for (int64_t j = j0; j < std::min(j0 + step, tags); ++j) {
-          forward[j0 * tags + i * step + j - j0] = scaled(args.transitions[i * tags + j], view.top);
-          backward[j0 * tags + i * step + j - j0] = scaled(args.transitions[j * tags + i], view.top);
+        good = kernel.exponentials(args.transitions + i * tags, tags, view.top, weights + i * tags) && good;
+#pragma omp for
+      for (int64_t k = 0; k < (padded + panel - 1) / panel; ++k)
+        for (int64_t j0 = k * panel; j0 < std::min((k + 1) * panel, padded);) {
+          const int64_t step = panel_width(padded - j0, kernel.lanes, kernel.panel), stop = std::min(j0 + step, tags);
+          for (int64_t i = 0; i < tags; ++i)
+            for (int64_t j = j0; j < stop; ++j) {
+              forward[j0 * tags + i * step + j - j0] = weights[i * tags + j];
+              backward[j0 * tags + i * step + j - j0] = weights[j * tags + i];
+            }
+          j0 += step;
         }
-      j0 += step;
     }
-    for (int64_t j = 0; j < tags; ++j) {
-      start[j] = args.start ? scaled(args.start[j], view.start_top) : C(1);
-      end[j] = args.end ? scaled(args.end[j], view.end_top) : C(1);
-    }
-  }
-
-  double factor(const ChainArgs<T>& args, int64_t i, int64_t j) const {
-    return std::exp(double(args.transitions[i * args.tags + j]) - view.top);
+    usable &= good;
   }
 
   static double top_of(const T* x, int64_t size) {
     T top = -std::numeric_limits<T>::infinity();
     for (int64_t i = 0; i < size; ++i) top = x[i] > top ? x[i] : top;
     return std::isfinite(top) ? double(top) : 0.0;
-  }
-  C scaled(T x, double top) {
-    const double w = std::exp(double(x) - top);
-    usable &= w <= 1.0;
-    return C(w);
   }
 };
 
@@ -286,19 +290,15 @@ void sweep(
     double* first, double* last, std::vector<Row>& left) {
   if (count == 0) return;
   const ChainArgs<T>& args = chain.args;
-  const Tables<C, T> tables(args, kernel.lanes, kernel.panel);
+  int threads = threads_for(rows, count, args.tags, args.threads);
+  const Tables<T, C> tables(args, kernel, threads);
   if (!tables.usable) {
     std::copy_if(rows, rows + count, std::back_inserter(left), [](const Row& row) { return !row.done; });
     return;
   }
   const int64_t tags = args.tags, padded = tables.view.padded, groups = (count + size - 1) / size;
   const bool grads = args.grads();
-  std::vector<C> factors;
-  if (grads) {
-    factors.resize(tags * tags);
-    for (int64_t x = 0; x < tags * tags; ++x) factors[x] = C(tables.factor(args, x / tags, x % tags));
-  }
-  const int threads = static_cast<int>(std::min<int64_t>(threads_for(rows, count, tags, args.threads), groups));
+  threads = static_cast<int>(std::min<int64_t>(threads, groups));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Block scratch, sums;
@@ -317,7 +317,7 @@ void sweep(
       kernel.run(args, tables.view, group, here, scratch.get(), out);
       if (grads)
         for (int64_t i = 0; i < tags; ++i)
-          for (int64_t j = 0; j < tags; ++j) out.counts[i * padded + j] *= factors[i * tags + j];
+          for (int64_t j = 0; j < tags; ++j) out.counts[i * padded + j] *= tables.weights[i * tags + j];
       for (int r = 0; r < here; ++r) {
         if (out.flagged[r]) continue;
         if (args.paths) args.paths[group[r].index] = path;

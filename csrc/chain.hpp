@@ -72,8 +72,10 @@ struct GroupResult {
 };
 
 // A forward-backward kernel: what it pads tags to, the vectors in a panel (0: all tags), and the rows in a group.
+// exponentials: out = exp(x - top); false where x is NaN or above top.
 template <class T, class C> struct ChainSweep {
   int lanes, panel, rows;
+  bool (*exponentials)(const T* x, int64_t size, double top, C* out);
   size_t (*scratch_bytes)(int64_t rows, int64_t time, int64_t padded, size_t element, bool grads);
   void (*run)(const ChainArgs<T>&, const ChainTables<C>&, const Row*, int rows, void* scratch, GroupResult&);
 };

@@ -24,6 +24,22 @@ template <> constexpr int kHidden<double> = -970;
 // Sums are taken over kChunk terms, then kSuper / kChunk chunks, then the rest: fewer roundings in a row.
 constexpr int64_t kChunk = 12, kSuper = 96;
 
+template <class T, class C> static bool exponentials(const T* x, int64_t size, double top, C* out) {
+  constexpr int L = Simd<double>::lanes;
+  IVec<double> bad = {};
+  for (int64_t i = 0; i < size; i += L) {
+    const int count = int(size - i < L ? size - i : L);
+    Vec<double> v, p;
+    IVec<double> n;
+    load_some(v, x + i, count);
+    v -= top;
+    bad |= ~(IVec<double>)(v <= 0.0);
+    exp_split(v > -2000.0 ? v : splat(-2000.0), p, n);  // 0, also of -inf
+    store_some(out + i, scale_by_power(p, n), count);
+  }
+  return !any(bad);
+}
+
 // Whether a state that some path reaches holds 0 at a step up to `last`, as only unreachable states should. The tape a
 // has a stride over steps and one over tags; reached holds 2 * tags bytes.
 template <class T, class C>

@@ -15,10 +15,10 @@
   namespace pyseq {                                                                                                       \
   template <class T, class C>                                                                                             \
   constexpr ChainSweep<T, C> chain_rows_##suffix = {                                                                      \
-      Simd<C>::lanes, kTileVectors, kGroupRows, rows_scratch_bytes, rows_forward_backward<T, C>};                         \
+      Simd<C>::lanes, kTileVectors, kGroupRows, exponentials<T, C>, rows_scratch_bytes, rows_forward_backward<T, C>};     \
   template <class T, class C>                                                                                             \
   constexpr ChainSweep<T, C> chain_lanes_##suffix = {                                                                     \
-      1, 0, Simd<C>::lanes, lanes_scratch_bytes, lanes_forward_backward<T, C>};                                           \
+      1, 0, Simd<C>::lanes, exponentials<T, C>, lanes_scratch_bytes, lanes_forward_backward<T, C>};                       \
   extern const ChainLevel<float> chain_float_##suffix = {                                                                 \
       PYSEQ_LANES, chain_rows_##suffix<float, float>, chain_rows_##suffix<float, double>,                                 \
       chain_lanes_##suffix<float, float>, chain_lanes_##suffix<float, double>, rows_best_paths<float>,                    \

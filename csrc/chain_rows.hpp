@@ -170,60 +170,90 @@ static void add_counts(const C* a, const C* w, int64_t steps, int64_t tags, int6
   }
 }
 
-// One step of one row: a = dot * exp(f) and u = exp(f), both divided by 2^shift, where shift brings the largest a into
-// [1, 2). `dot` is the product with the step before and may be `a` itself. NV is the number of vectors, 0 if not fixed.
 struct StepState {
   int64_t power;    // sum of the shifts
   int64_t suspect;  // last step at which a possible state held 0 and may have hidden too much
   int64_t hidden;   // log2 of what a possible state that holds 0 may hide
   bool flagged;     // a state lost digits, or a score is NaN, +inf or out of range
 };
-template <class C, class In, int NV>
-PYSEQ_INLINE void step_row(
+
+// One step of one row: a = dot * exp(f) and u = exp(f), both divided by 2^shift, where shift brings the largest a into
+// [1, 2). `dot` is the product with the step before and may be `a` itself. NV is the number of vectors, 0 if not fixed.
+// Returns false, having left `dot` as it was, if the row's zeros and infinities want `Every`.
+template <class C, class In, int NV, bool Every>
+PYSEQ_INLINE bool step_row(
     const In* f, const C* dot, int64_t k, int64_t tags, int64_t padded, IVec<C> real, C* a, C* u, IVec<C>* exponents,
     StepState& state) {
   constexpr int L = Simd<C>::lanes;
   typedef typename Simd<C>::Int Int;
   const int64_t vectors = NV ? NV : padded / L;
   const Vec<C> range = splat(kExpRange<C>), tiny = splat(kTiny<C>);
-  const IVec<C> none = IVec<C>{} - Int(1 << 22);
-  IVec<C> top = none, bad = {}, hiding = none, n;
-  Vec<C> x, p, mass;
+  const IVec<C> none = IVec<C>{} - Int(1 << 22), sign = (IVec<C>)splat(-C(0));
+  IVec<C> top = none, bad = {}, hiding = none, farthest = {}, least_held = (IVec<C>)tiny;
+  Vec<C> p[NV ? NV : 1], mass[NV ? NV : 1];
+  IVec<C> n[NV ? NV : 1];
   for (int64_t v = 0; v < vectors; ++v) {
+    const int64_t at = NV ? v : 0;
+    const bool last = v + 1 == vectors;
+    Vec<C> x;
     load_some(x, f + v * L, int(tags - v * L < L ? tags - v * L : L));
     const Vec<C> before = load(dot + v * L);
-    const IVec<C> low = (IVec<C>)(x <= range), high = (IVec<C>)(x >= -range), fine = low & high;
-    const IVec<C> sunk = ~high & (IVec<C>)(x > -C(__builtin_inf()));  // finite, but 0 beside any score in range
-    const IVec<C> possible = v + 1 < vectors ? fine : fine & real;
-    const IVec<C> held = (IVec<C>)(before > C(0));
-    bad |= ~low;
-    bad |= possible & held & (IVec<C>)(before < tiny);
-    exp_split(fine ? x : Vec<C>{}, p, n);
-    const IVec<C> unheld = sunk ? IVec<C>{} - Int(kExpRange<C> * 1.4426) + (Simd<C>::bias + 4) : possible & ~held ? n : none;
-    hiding = unheld > hiding ? unheld : hiding;
-    const IVec<C> live = fine & held;  // the others get a = u = 0: no path goes through them
-    mass = live ? before * p : Vec<C>{};
-    n = live ? n : none;
-    const IVec<C> exponent = ((IVec<C>)mass >> Simd<C>::mantissa) + n;
+    if constexpr (Every) {
+      const IVec<C> low = (IVec<C>)(x <= range), high = (IVec<C>)(x >= -range), fine = low & high;
+      const IVec<C> sunk = ~high & (IVec<C>)(x > -C(__builtin_inf()));  // finite, but 0 beside any score in range
+      const IVec<C> possible = last ? fine & real : fine, held = (IVec<C>)(before > C(0));
+      bad |= ~low | (possible & held & (IVec<C>)(before < tiny));
+      exp_split(fine ? x : Vec<C>{}, p[at], n[at]);
+      const IVec<C> unheld =
+          sunk ? IVec<C>{} - Int(kExpRange<C> * 1.4426) + (Simd<C>::bias + 4) : possible & ~held ? n[at] : none;
+      hiding = unheld > hiding ? unheld : hiding;
+      n[at] = fine & held ? n[at] : none;  // a = u = 0: no path goes there
+    } else {
+      const IVec<C> held = last ? (real ? (IVec<C>)before : (IVec<C>)tiny) : (IVec<C>)before;
+      if (last) x = real ? x : Vec<C>{};
+      const IVec<C> far = (IVec<C>)x & ~sign;  // bits of floats >= 0, NaN above all, are in their order
+      farthest = far > farthest ? far : farthest;
+      least_held = held < least_held ? held : least_held;
+      exp_split(x, p[at], n[at]);
+      if (last) n[at] = real ? n[at] : none;
+    }
+    mass[at] = before * p[at];
+    const IVec<C> exponent = ((IVec<C>)mass[at] >> Simd<C>::mantissa) + n[at];
     top = exponent > top ? exponent : top;
-    if (!NV) store<C>(a + v * L, mass), store<C>(u + v * L, p), exponents[v] = n;
+    if (!NV) store<C>(u + v * L, p[at]), exponents[v] = n[at];
   }
+  if (!Every && any((IVec<C>)(farthest > (IVec<C>)range) | (IVec<C>)(least_held < (IVec<C>)tiny))) return false;
   const int64_t largest = max_lane(top), shift = largest < -(1 << 21) ? 0 : largest - Simd<C>::bias;
   const IVec<C> base = IVec<C>{} + Int(shift);
   for (int64_t v = 0; v < vectors; ++v) {
-    if (!NV) mass = load(a + v * L), p = load(u + v * L), n = exponents[v];
-    store<C>(a + v * L, scale_by_power(mass, n - base));
-    store<C>(u + v * L, scale_by_power(p, n - base));
+    const int64_t at = NV ? v : 0;
+    if (!NV) p[at] = load(u + v * L), mass[at] = load(dot + v * L) * p[at], n[at] = exponents[v];
+    store<C>(a + v * L, scale_by_power(mass[at], n[at] - base));
+    store<C>(u + v * L, scale_by_power(p[at], n[at] - base));
   }
   state.power += shift;
-  state.flagged |= any(bad);
-  if (any((IVec<C>)(hiding > none))) {
+  state.flagged |= Every && any(bad);
+  if (Every && any((IVec<C>)(hiding > none))) {
     constexpr int least = 2 - Simd<C>::bias;
     state.hidden = (state.hidden > least ? state.hidden : least) + max_lane(hiding) - shift + (65 - __builtin_clzll(tags));
     state.suspect = state.hidden > kHidden<C> || largest < -(1 << 21) ? k : state.suspect;
   } else {
     state.hidden = -(1 << 22);
   }
+  return true;
+}
+template <class C, class In>
+PYSEQ_INLINE void step_row_of(
+    const In* f, const C* dot, int64_t k, int64_t tags, int64_t padded, IVec<C> real, C* a, C* u, IVec<C>* exponents,
+    StepState& state) {
+  bool plain;
+  switch (padded / Simd<C>::lanes) {
+    case 1: plain = step_row<C, In, 1, false>(f, dot, k, tags, padded, real, a, u, exponents, state); break;
+    case 2: plain = step_row<C, In, 2, false>(f, dot, k, tags, padded, real, a, u, exponents, state); break;
+    case 4: plain = step_row<C, In, 4, false>(f, dot, k, tags, padded, real, a, u, exponents, state); break;
+    default: plain = step_row<C, In, 0, false>(f, dot, k, tags, padded, real, a, u, exponents, state);
+  }
+  if (!plain) step_row<C, In, 0, true>(f, dot, k, tags, padded, real, a, u, exponents, state);
 }
 
 template <class C> static size_t scratch_elements(int64_t rows, int64_t time, int64_t padded, bool grads) {
@@ -266,10 +296,7 @@ static void rows_forward_backward(
       C *ar = now + r * padded, *ur = step + r * padded;
       const T* f = args.emissions + group[r].index * args.stride_batch + group[r].step(k) * args.stride_time;
       const C* dot = k ? ar : tables.start;
-      if (padded == L)
-        step_row<C, T, 1>(f, dot, k, tags, padded, real, ar, ur, exponents, state[r]);
-      else
-        step_row<C, T, 0>(f, dot, k, tags, padded, real, ar, ur, exponents, state[r]);
+      step_row_of<C>(f, dot, k, tags, padded, real, ar, ur, exponents, state[r]);
     }
   }
 

@@ -84,16 +84,35 @@ PYSEQ_INLINE __m256i first_lanes(int count) {
   return _mm256_loadu_si256((const __m256i*)(kLanes32 + 8 - (count < 8 ? count : 8)));
 }
 PYSEQ_INLINE void load_some(Vec<float>& v, const float* p, int count) {
+  if (count >= 8) return void(v = load(p));
   const __m256i m = first_lanes(count);
   v = (Vec<float>)_mm256_blendv_ps(_mm256_set1_ps(-__builtin_inff()), _mm256_maskload_ps(p, m), _mm256_castsi256_ps(m));
 }
-PYSEQ_INLINE void store_some(float* p, Vec<float> v, int count) {
-  _mm256_maskstore_ps(p, first_lanes(count), (__m256)v);
+PYSEQ_INLINE void store_some(float* p, Vec<float> v, int count) {  // a masked store is microcode on AMD before Zen 4
+  if (count >= 8) return store<float>(p, v);
+  __m128 x = _mm256_castps256_ps128((__m256)v);
+  if (count & 4) _mm_storeu_ps(p, x), p += 4, x = _mm256_extractf128_ps((__m256)v, 1);
+  if (count & 2) _mm_storel_pi((__m64*)p, x), p += 2, x = _mm_movehl_ps(x, x);
+  if (count & 1) _mm_store_ss(p, x);
 }
 PYSEQ_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b); }
 PYSEQ_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b); }
 PYSEQ_INLINE bool any(IVec<float> m) { return _mm256_movemask_ps((__m256)m); }
 PYSEQ_INLINE bool any(IVec<double> m) { return _mm256_movemask_pd((__m256d)m); }
+PYSEQ_INLINE int32_t max_lane(IVec<float> v) {
+  const __m128i x = _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  const __m128i y = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
+}
+PYSEQ_INLINE double max_lane(Vec<double> v) {
+  const __m128d x = _mm_max_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
+  return _mm_cvtsd_f64(_mm_max_sd(x, _mm_unpackhi_pd(x, x)));
+}
+PYSEQ_INLINE float sum_lanes(Vec<float> v) {
+  const __m128 x = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 y = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
 #else
 template <class V> PYSEQ_INLINE V max(V a, V b) { return a > b ? a : b; }
 template <class I> PYSEQ_INLINE bool any(I m) {
