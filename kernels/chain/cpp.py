@@ -38,10 +38,12 @@ def crf(
     domain in float64, 2 the log domain; plus 4 where the sequence had a vector lane to itself.
     """
     g_em, *g_rest = grads or (None,) * 4
+    stride_batch, stride_time, _ = emissions.stride()
+    grad_stride_batch, grad_stride_time, _ = (0, 0, 0) if g_em is None else g_em.stride()
     status: int = _CRF[transitions.dtype](
         emissions.data_ptr(),
-        emissions.stride(0),
-        emissions.stride(1),
+        stride_batch,
+        stride_time,
         *emissions.shape,
         transitions.data_ptr(),
         _address(start),
@@ -54,8 +56,8 @@ def crf(
         check,
         value.data_ptr(),
         _address(g_em),
-        0 if g_em is None else g_em.stride(0),
-        0 if g_em is None else g_em.stride(1),
+        grad_stride_batch,
+        grad_stride_time,
         *map(_address, g_rest),
         _address(paths),
         torch.get_num_threads(),

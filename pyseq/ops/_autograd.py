@@ -13,7 +13,7 @@ keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", 
 
 def on_host(x: Tensor) -> bool:
     """Whether Python may look at values."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.is_cpu and not torch.compiler.is_compiling()
 
 
 def shared_weight(upstream: Tensor) -> Tensor | float | None:

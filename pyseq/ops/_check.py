@@ -12,6 +12,18 @@ def tensor(name: str, x: object, meaning: str, rank: int) -> None:
         raise ValueError(f"{name} must have shape {meaning}, got {tuple(x.shape)}")
 
 
+def as_wanted(x: object, shape: tuple[int, ...], dtype: torch.dtype, lead: Tensor) -> bool:
+    """Whether the checks below have nothing to say of x and nothing to convert; they take several times as long."""
+    return (
+        isinstance(x, Tensor)
+        and not x.is_nested
+        and x.shape == shape
+        and x.dtype == dtype
+        and x.device == lead.device
+        and x.layout == torch.strided
+    )
+
+
 def sized(name: str, x: object, shape: tuple[int, ...], meaning: str) -> Tensor:
     x = _dense(name, x, meaning)
     if x.shape != shape:
@@ -39,13 +51,17 @@ def same_device(name: str, x: Tensor, lead_name: str, lead: Tensor) -> None:
         raise ValueError(f"{name} is on {x.device} but {lead_name} is on {lead.device}; move one of them")
 
 
+def wide(lead: Tensor) -> torch.dtype:
+    """The dtype that sums are kept in: float64 beside float64, else float32."""
+    return torch.float64 if lead.dtype == torch.float64 else torch.float32
+
+
 def parameter(name: str, x: Tensor, lead_name: str, lead: Tensor) -> Tensor:
-    """A float tensor in the dtype that sums are kept in: float64 beside float64, else float32."""
+    """A float tensor in the dtype of the sums."""
     floating(name, x)
     same_device(name, x, lead_name, lead)
-    wide = torch.float64 if lead.dtype == torch.float64 else torch.float32
-    if x.dtype == wide:
+    if x.dtype == wide(lead):
         return x
     if x.dtype == torch.float64:
         raise TypeError(f"{name} is {x.dtype} but {lead_name} is {lead.dtype}; convert one of them")
-    return x.to(wide)
+    return x.to(wide(lead))

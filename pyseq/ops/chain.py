@@ -220,21 +220,26 @@ def _arguments(
     if mask is not None:
         if lengths is not None:
             raise ValueError("mask and lengths say the same thing: give one of them, not both")
-        _check.sized("mask", mask, (batch, time), "(batch, time)")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be of dtype torch.bool, got {mask.dtype}; use mask.bool()")
-        _check.same_device("mask", mask, "emissions", emissions)
+        if not _check.as_wanted(mask, (batch, time), torch.bool, emissions):
+            _check.sized("mask", mask, (batch, time), "(batch, time)")
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask must be of dtype torch.bool, got {mask.dtype}; use mask.bool()")
+            _check.same_device("mask", mask, "emissions", emissions)
     if lengths is not None:
         lengths = _integers("lengths", lengths, emissions, (batch,), "(batch,)")
     return emissions, transitions, start, end, tags, mask, lengths
 
 
 def _parameter(name: str, x: Tensor, emissions: Tensor, shape: tuple[int, ...], meaning: str) -> Tensor:
+    if _check.as_wanted(x, shape, _check.wide(emissions), emissions):
+        return x
     _check.sized(name, x, shape, meaning)
     return _check.parameter(name, x, "emissions", emissions)
 
 
 def _integers(name: str, x: Optional, emissions: Tensor, shape: tuple[int, ...], meaning: str) -> Tensor:
+    if x is not None and _check.as_wanted(x, shape, torch.int64, emissions):
+        return x
     x = _check.sized(name, x, shape, meaning)
     if x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be of dtype torch.int64 or torch.int32, got {x.dtype}")
@@ -248,7 +253,7 @@ def _choose(chain: Chain, backend: str) -> tuple[str, bool]:
     refuse_transforms(chain[:4])
     chosen = CHAIN.choose(backend, emissions)
     check = on_host(emissions) or checks_forced()
-    if check and (chosen == "reference" or emissions.device.type != "cpu"):
+    if check and (chosen == "reference" or not emissions.is_cpu):
         _raise_bad_values(*chain)
     return chosen, check
 
@@ -288,7 +293,7 @@ def _raise_bad_values(*chain: Any) -> None:
 
 def _launch(op: str, backend: str, chain: Any, *rest: Any) -> None:
     emissions = chain[0]
-    if emissions.device.type == "cpu" and backend != "triton" and emissions.element_size() == 2:
+    if emissions.element_size() == 2 and emissions.is_cpu and backend != "triton":
         emissions = emissions.float()
     emissions = _launchable(emissions)
     others = [None if x is None else x.contiguous() for x in chain[1:]]
