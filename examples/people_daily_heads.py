@@ -144,7 +144,8 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.set_xlim(-0.6, len(KINDS) - 0.4)
     axes.set_ylabel("F1 on the test split, %")
     axes.set_title(f"People's Daily: one encoder, two heads, {seeds} seeds", size=10)
-    axes.legend(loc="lower left")
+    axes.margins(y=0.1)
+    axes.legend(loc="lower right")
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=150)
 
