@@ -24,12 +24,13 @@ _INF = np.inf
 _LANES = 8  # tags are padded to whole vectors
 _TINY = 1e-200  # a state below this, relative to the step before, may have lost digits to underflow
 _SMALLEST, _HIDDEN = -700.0, -600.0  # log of what a state that holds 0 may hide, and of what no state would notice
+_MODEST = 1e4  # sum of squared scores of a step whose exponentials need no shift
 _MAGIC = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
 
 
 @njit(**{**_JIT, "fastmath": {"contract"}})  # reassociation would undo the rounding by _MAGIC
 def _exp(x):
-    """exp for x in [-700, 0], relative error below 1e-15, and 0 below. Branch-free, so that loops over it vectorise."""
+    """exp for x in [-700, 700], relative error below 1e-15, and 0 below. Branch-free, so that its loops vectorise."""
     shifted = x * 1.4426950408889634 + _MAGIC
     n = shifted - _MAGIC
     r = x - n * 0.6931471803691238 - n * 1.9082149292705877e-10
@@ -131,32 +132,38 @@ def _forward(f, weights_in, start, steps, n, num_tags, a, u):
     hidden = -_INF
     for k in range(n):
         now, step, row = a[k], u[k], f[steps[k]]
-        now[:] = 0.0
-        step[:] = 0.0
         if k == 0:
             now[:num_tags] = 1.0
-            for j in range(num_tags):
-                step[j] = np.float64(row[j]) + np.float64(start[j])
         else:
             for j in range(num_tags):
                 now[j] = _dot(a[k - 1], weights_in[j])
-                step[j] = np.float64(row[j])
-        shift = -_INF  # of the states that are held: another may have any score
+        size = 0.0
+        absent = 0
         for j in range(num_tags):
-            shift = max(shift, step[j] if now[j] > 0.0 else -_INF)
-        shift = shift if shift > -_INF else 0.0
-        log_scale += shift
-        for j in range(padded):
-            step[j] = _exp(step[j] - shift if now[j] > 0.0 else -_INF)
-        for j in range(padded):
-            now[j] *= step[j]
+            score = np.float64(row[j])
+            if k == 0:
+                score += np.float64(start[j])
+            step[j] = score
+            size += score * score
+            absent += not now[j] > 0.0
+        shift = 0.0
+        if absent or not size < _MODEST:
+            shift = -_INF  # of the states that are held: another may have any score
+            for j in range(num_tags):
+                shift = max(shift, step[j] if now[j] > 0.0 else -_INF)
+            shift = shift if shift > -_INF else 0.0
+            log_scale += shift
         top = 0.0
-        low = _INF
-        for j in range(num_tags):
-            top = max(top, now[j])
-            low = min(low, now[j])
+        few = num_tags - padded
+        for j in range(padded):
+            weight = _exp(step[j] - shift if now[j] > 0.0 else -_INF)
+            mass = now[j] * weight
+            step[j] = weight
+            now[j] = mass
+            top += mass
+            few += not mass >= _TINY
         scale = 1.0 / top if top > 0.0 else 1.0
-        if low >= _TINY:
+        if few == 0:
             hidden = -_INF
         else:
             before, hidden = max(hidden, _SMALLEST) + math.log(num_tags), -_INF
@@ -201,11 +208,18 @@ def _backward(a, u, weights_out, end_weights, steps, n, num_tags, weight, g_em, 
         row = g_em[steps[k]]
         for j in range(num_tags):
             row[j] += weight * u[k, j]
-        if k:
-            for i in range(num_tags):
-                mass = weight * a[k - 1, i]
-                for j in range(padded):
-                    counts[i, j] += mass * later[k, j]
+    alone = 1 + (n - 1) % 4
+    for k in range(1, alone):
+        for i in range(num_tags):
+            mass = weight * a[k - 1, i]
+            for j in range(padded):
+                counts[i, j] += mass * later[k, j]
+    for k in range(alone, n, 4):  # four steps a pass over the counts
+        for i in range(num_tags):
+            w0, w1, w2, w3 = weight * a[k - 1, i], weight * a[k, i], weight * a[k + 1, i], weight * a[k + 2, i]
+            for j in range(padded):
+                pair = w0 * later[k, j] + w1 * later[k + 1, j]
+                counts[i, j] += pair + (w2 * later[k + 2, j] + w3 * later[k + 3, j])
     for j in range(num_tags):
         g_start[j] += weight * u[0, j]
         g_end[j] += weight * u[n - 1, j]
@@ -313,8 +327,8 @@ def _crf(
     batch, time, num_tags = emissions.shape
     padded = (num_tags + _LANES - 1) // _LANES * _LANES
     steps = np.empty(time + 1, np.int64)
-    a = np.empty((time, padded))
-    u = np.empty((time, padded))
+    a = np.zeros((time, padded))
+    u = np.zeros((time, padded))
     counts = np.zeros((num_tags, padded))
     pairs = np.zeros((num_tags, num_tags))
     sum_start = np.zeros(num_tags)
