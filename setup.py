@@ -11,6 +11,9 @@ from setuptools import find_packages, setup
 # vector types cross no ABI here, and GCC 12 warns of its own AVX-512 headers
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 
+# no fast-math; and loops that store sums stay loops: as a memcpy they would keep the sums out of the registers
+MATHS = ["-fno-math-errno", "-fno-trapping-math", "-fno-tree-loop-distribute-patterns"]
+
 packages = find_packages(include=["pyseq", "pyseq.*"])
 packages += ["pyseq.kernels"] + [f"pyseq.kernels.{name}" for name in find_packages("kernels")]
 
@@ -28,7 +31,7 @@ if os.environ.get("PYSEQ_NO_EXT") != "1":
             depends=sorted(str(p) for p in Path("csrc").glob("*.hpp")),
             include_dirs=["csrc"],
             cxx_std=17,
-            extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", *WARNINGS, *openmp],
+            extra_compile_args=["-O3", *MATHS, *WARNINGS, *openmp],
             extra_link_args=openmp,
             optional=True,  # no compiler: the install goes on, and pyseq.info says that cpp is missing
         )

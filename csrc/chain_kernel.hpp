@@ -7,6 +7,9 @@
 #if PYSEQ_LEVEL == 4
 #define PYSEQ_LANES 24, 12
 #define PYSEQ_LANES_DECODE(T) lanes_best_paths<T>
+#elif PYSEQ_LEVEL == 3
+#define PYSEQ_LANES 12, 12
+#define PYSEQ_LANES_DECODE(T) lanes_best_paths<T>
 #else
 #define PYSEQ_LANES 12, 0
 #define PYSEQ_LANES_DECODE(T) nullptr

@@ -11,7 +11,7 @@ namespace {
 using pyseq::kDecodeStride;
 using pyseq::kLaneTags;
 
-constexpr int kLaneTile = PYSEQ_LEVEL == 4 ? 16 : 8;  // vectors of sums held in registers
+constexpr int kLaneTile = PYSEQ_LEVEL == 4 ? 16 : 12;  // vectors of sums held in registers
 constexpr int64_t kCountSteps = 8, kCountFlush = 96;  // steps to a block of counts, and to their move into double
 
 // a's lanes l & S take b's lanes l - S, and b's others a's lanes l + S: one stage of a transposition.
@@ -64,6 +64,10 @@ template <class C, class T> PYSEQ_INLINE void load_lanes(const T* const* from, i
   constexpr int L = Simd<C>::lanes;
   for (int64_t j = 0; j < tags; j += L) {
     const int count = int(tags - j < L ? tags - j : L);
+    if (count == 1) {  // nothing to transpose: 9 tags in lanes of 8 are common
+      for (int l = 0; l < L; ++l) x[j][l] = C(from[l][j]);
+      continue;
+    }
     Vec<C> v[L];
     for (int l = 0; l < L; ++l) load_some(v[l], from[l] + j, count);
     transpose<C, L / 2>(v);
@@ -76,6 +80,11 @@ template <class C, class T> PYSEQ_INLINE void store_lanes(T* const* to, int rows
   constexpr int L = Simd<C>::lanes;
   for (int64_t j = 0; j < tags; j += L) {
     const int count = int(tags - j < L ? tags - j : L);
+    if (count == 1) {
+      for (int l = 0; l < L; ++l)
+        if (l < rows) to[l][j] = T(x[j][l]);
+      continue;
+    }
     Vec<C> v[L];
     for (int i = 0; i < L; ++i) v[i] = i < count ? x[j + i] : Vec<C>{};
     transpose<C, L / 2>(v);
@@ -343,10 +352,14 @@ static void lanes_forward_backward(
     if (!out.flagged[r]) write_row<T>(args, group[r], log_z[r], double(weight[r]), out);
 }
 
-#if PYSEQ_LEVEL == 4
+#if PYSEQ_LEVEL >= 3
 // row[index] of every lane, among 16.
 PYSEQ_INLINE Vec<double> look_up(const double* row, IVec<double> index) {
+#if PYSEQ_LEVEL == 4
   return (Vec<double>)_mm512_permutex2var_pd(_mm512_loadu_pd(row), (__m512i)index, _mm512_loadu_pd(row + 8));
+#else
+  return (Vec<double>)_mm256_i64gather_pd(row, (__m256i)index, 8);
+#endif
 }
 
 // Best paths in double: scores of a step are kept for the way back, which finds each predecessor again.

@@ -8,27 +8,29 @@
 
 namespace {
 
-// out (MR x NR vectors) = x (MR x tags, row stride ldx) @ panel (tags x NR vectors).
+// out (MR x NR vectors) = x (MR x tags, row stride ldx) @ panel (tags x NR vectors). There is a tag and there is a step:
+// with loops that might not run the sums of these tiles would go through memory.
 template <class C, int MR, int NR>
 PYSEQ_INLINE void product_tile(const C* x, int64_t ldx, const C* panel, int64_t tags, C* out) {
   constexpr int L = Simd<C>::lanes;
   for (int64_t i0 = 0; i0 < tags; i0 += kSuper) {
     const int64_t i2 = i0 + kSuper < tags ? i0 + kSuper : tags;
     Vec<C> sum[MR][NR] = {};
-    for (int64_t i1 = i0; i1 < i2; i1 += kChunk) {
-      const int64_t stop = i1 + kChunk < i2 ? i1 + kChunk : i2;
+    int64_t i = i0;
+    do {
+      const int64_t stop = i + kChunk < i2 ? i + kChunk : i2;
       Vec<C> part[MR][NR] = {};
-      for (int64_t i = i1; i < stop; ++i) {
+      do {
         Vec<C> w[NR];
         for (int v = 0; v < NR; ++v) w[v] = load(panel + (i * NR + v) * L);
         for (int r = 0; r < MR; ++r) {
           const Vec<C> mass = splat(x[r * ldx + i]);
           for (int v = 0; v < NR; ++v) part[r][v] += mass * w[v];
         }
-      }
+      } while (++i < stop);
       for (int r = 0; r < MR; ++r)
         for (int v = 0; v < NR; ++v) sum[r][v] += part[r][v];
-    }
+    } while (i < i2);
     for (int r = 0; r < MR; ++r)
       for (int v = 0; v < NR; ++v) {
         C* to = out + r * ldx + v * L;
@@ -44,14 +46,15 @@ PYSEQ_INLINE void best_tile(const C* x, int64_t ldx, const C* panel, int64_t tag
   Vec<C> best[MR][NR];
   for (int r = 0; r < MR; ++r)
     for (int v = 0; v < NR; ++v) best[r][v] = splat(-C(__builtin_inf()));
-  for (int64_t i = 0; i < tags; ++i) {
+  int64_t i = 0;
+  do {
     Vec<C> w[NR];
     for (int v = 0; v < NR; ++v) w[v] = load(panel + (i * NR + v) * L);
     for (int r = 0; r < MR; ++r) {
       const Vec<C> from = splat(x[r * ldx + i]);
       for (int v = 0; v < NR; ++v) best[r][v] = max(from + w[v], best[r][v]);
     }
-  }
+  } while (++i < tags);
   for (int r = 0; r < MR; ++r)
     for (int v = 0; v < NR; ++v) store<C>(out + r * ldx + v * L, best[r][v]);
 }
@@ -109,14 +112,17 @@ template <class C, int MI, int NR>
 static __attribute__((noinline)) void count_tile(const C* a, const C* w, int64_t steps, int64_t padded, double* counts) {
   constexpr int L = Simd<C>::lanes;
   Vec<C> sum[MI][NR] = {};
-  for (int64_t c = 0; c < steps; ++c, a += padded, w += padded) {
+  int64_t c = 0;
+  do {
     Vec<C> later[NR];
     for (int v = 0; v < NR; ++v) later[v] = load(w + v * L);
     for (int i = 0; i < MI; ++i) {
       const Vec<C> mass = splat(a[i]);
       for (int v = 0; v < NR; ++v) sum[i][v] += mass * later[v];
     }
-  }
+    a += padded;
+    w += padded;
+  } while (++c < steps);
   for (int i = 0; i < MI; ++i)
     for (int v = 0; v < NR; ++v)
       for (int l = 0; l < L; ++l) counts[i * padded + v * L + l] += sum[i][v][l];

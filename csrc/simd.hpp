@@ -88,6 +88,10 @@ PYSEQ_INLINE void load_some(Vec<float>& v, const float* p, int count) {
   const __m256i m = first_lanes(count);
   v = (Vec<float>)_mm256_blendv_ps(_mm256_set1_ps(-__builtin_inff()), _mm256_maskload_ps(p, m), _mm256_castsi256_ps(m));
 }
+PYSEQ_INLINE void load_some(Vec<double>& v, const float* p, int count) {
+  if (count >= 4) return void(v = (Vec<double>)_mm256_cvtps_pd(_mm_loadu_ps(p)));
+  for (int l = 0; l < 4; ++l) v[l] = l < count ? p[l] : -__builtin_inff();
+}
 PYSEQ_INLINE void store_some(float* p, Vec<float> v, int count) {  // a masked store is microcode on AMD before Zen 4
   if (count >= 8) return store<float>(p, v);
   __m128 x = _mm256_castps256_ps128((__m256)v);
