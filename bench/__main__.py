@@ -84,7 +84,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--against", metavar="PEER", help="only ours and this peer, which becomes the baseline")
     parser.add_argument("--csv", type=Path, help="where rows are updated; bench/results/<room>.csv by default")
     parser.add_argument("--plot", action="store_true", help="redraw docs/<room>-*.png from the CSV after the run")
-    parser.add_argument("--report", action="store_true", help="measure nothing; redo README and plots from the CSVs")
+    parser.add_argument("--report", action="store_true", help="measure nothing; redo README, docs, plots from the CSVs")
     parser.add_argument("--list", action="store_true", help="measure nothing; list rooms, workloads and providers")
     return parser.parse_args(argv)
 
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None, folder: Path = HERE, root: Path = HE
                 images = _report.plots(name, room.baseline, kept, root / "docs")
                 print("drawn:", *images)
                 if args.report:
-                    _report.rewrite(root / "README.md", name, room.baseline, room.objection, kept, images)
+                    _report.rewrite(root, name, room.baseline, room.objection, kept, images)
         except ValueError as error:
             print(error, file=sys.stderr)
             return 2

@@ -199,14 +199,20 @@ def machine_line(rows: Sequence[Row]) -> str:
     return "; ".join(part for part in [*parts, limits(rows)] if part)
 
 
-def groups(rows: Sequence[Row], baseline: str) -> list[list[Row]]:
-    """Those against a baseline, by device and threads; of several machines the one measured last."""
-    found: dict[tuple[str, str], list[Row]] = {}
+def groups(rows: Sequence[Row], baseline: str) -> tuple[list[list[Row]], list[list[Row]]]:
+    """Those against a baseline, by device, threads and machine: of each device and threads the machine measured last,
+    and the other machines."""
+    found: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in rows:
         if row.baseline == baseline:
-            found.setdefault((row.device, row.where["threads"]), []).append(row)
-    latest = {key: max(group, key=lambda row: row.where["date"]).where["machine"] for key, group in found.items()}
-    return [[row for row in group if row.where["machine"] == latest[key]] for key, group in sorted(found.items())]
+            machines = found.setdefault((row.device, row.where["threads"]), {})
+            machines.setdefault(row.where["machine"], []).append(row)
+    latest, others = [], []
+    for _, machines in sorted(found.items()):
+        first, *rest = sorted(machines.values(), key=lambda rows: max(row.where["date"] for row in rows), reverse=True)
+        latest.append(first)
+        others += rest
+    return latest, others
 
 
 def markdown(rows: Sequence[Row], baseline: str) -> str:
@@ -293,7 +299,7 @@ def plot(rows: Sequence[Row], mode: str, path: Path) -> None:
 def plots(name: str, baseline: str, rows: Sequence[Row], docs: Path) -> list[Path]:
     """docs/<room>-<mode>.png, with the device in the name where it is not the CPU; the most threads measured."""
     largest = {
-        group[0].device: group for group in sorted(groups(rows, baseline), key=lambda g: int(g[0].where["threads"]))
+        group[0].device: group for group in sorted(groups(rows, baseline)[0], key=lambda g: int(g[0].where["threads"]))
     }
     made = []
     for device, group in largest.items():
@@ -303,16 +309,22 @@ def plots(name: str, baseline: str, rows: Sequence[Row], docs: Path) -> list[Pat
     return made
 
 
-def rewrite(
-    readme: Path, name: str, baseline: str, objection: str, rows: Sequence[Row], images: Sequence[Path]
-) -> None:
-    """Put tables, plots and the objection between the room's markers; ValueError where they are missing."""
+def rewrite(root: Path, name: str, baseline: str, objection: str, rows: Sequence[Row], images: Sequence[Path]) -> None:
+    """Put tables, plots and the objection between the room's markers in the README, and the tables of other machines
+    between those in the room's page; ValueError where markers are missing."""
+    readme = root / "README.md"
+    latest, others = groups(rows, baseline)
+    shown = [f"![{path.stem}]({path.relative_to(root).as_posix()})" for path in images]
+    tables = [markdown(group, baseline) for group in latest]
+    _replace(readme, name, "\n\n".join([*tables, *shown, f"A fair objection: {objection}"]))
+    if others:
+        _replace(root / "docs" / f"{name}.md", name, "\n\n".join(markdown(group, baseline) for group in others))
+
+
+def _replace(page: Path, name: str, body: str) -> None:
     begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
-    text = readme.read_text() if readme.exists() else ""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
     found = re.search(re.escape(begin) + ".*?" + re.escape(end), text, re.DOTALL)
     if found is None:
-        raise ValueError(f"{readme} has no {begin} ... {end} to put the table between; add both lines")
-    tables = [markdown(group, baseline) for group in groups(rows, baseline)]
-    shown = [f"![{path.stem}]({path.relative_to(readme.parent).as_posix()})" for path in images]
-    body = "\n\n".join([*tables, *shown, f"A fair objection: {objection}"])
-    readme.write_text(text[: found.start()] + f"{begin}\n{body}\n{end}" + text[found.end() :])
+        raise ValueError(f"{page} has no {begin} ... {end} to put the table between; add both lines")
+    page.write_text(text[: found.start()] + f"{begin}\n{body}\n{end}" + text[found.end() :], encoding="utf-8")

@@ -247,6 +247,17 @@ def test_report_rewrites_between_its_markers(
     room("good", "--report")
     assert readme.read_text() == text
 
+    where = {**row().where, "machine": "slide rule", "date": "2025-01-01"}
+    report.upsert(path, [row(where=where, median=0.002)])
+    page = tmp_path / "docs" / "fake.md"
+    assert room("good", "--report") == 2
+    assert "fake.md has no <!-- bench:fake -->" in capsys.readouterr().err
+    page.write_text(f"{before}\n{after}")
+    assert room("good", "--report") == 0
+    assert readme.read_text() == text
+    assert "slide rule" in page.read_text()
+    assert "abacus" not in page.read_text()
+
 
 def test_difference_that_is_not_significant_is_marked(bench: Any) -> None:
     report = importlib.import_module("_report")

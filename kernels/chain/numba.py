@@ -443,9 +443,11 @@ def _viterbi(emissions, transitions, start, end, mask, lengths, check, scores, p
     steps = np.empty(time + 1, np.int64)
     delta = np.empty((time + 1, padded))  # best score of a path that ends in each tag, less the step's largest
     into = np.full((num_tags, padded), -_INF)
+    usable = True  # no transition is NaN or +inf
     for i in range(num_tags):
         for j in range(num_tags):
             into[i, j] = transitions[i, j]
+            usable &= into[i, j] < _INF
     for b in range(batch):
         n = _steps(b, time, mask, lengths, steps)
         if n < 0:
@@ -459,7 +461,7 @@ def _viterbi(emissions, transitions, start, end, mask, lengths, check, scores, p
         if n == 0:
             continue
         f = emissions[b]
-        poisoned = False
+        poisoned = n > 1 and not usable
         for k in range(n):
             row = f[steps[k]]
             if k == 0:
@@ -468,12 +470,21 @@ def _viterbi(emissions, transitions, start, end, mask, lengths, check, scores, p
                     delta[k, j] = np.float64(start[j])
             else:
                 delta[k, :] = -_INF
-                for i in range(num_tags):
+                alone = num_tags % 4
+                for i in range(alone):
                     best = delta[k - 1, i]
                     for j in range(padded):
                         there = best + into[i, j]
-                        poisoned |= not there < _INF
-                        delta[k, j] = max(delta[k, j], there)
+                        delta[k, j] = there if there > delta[k, j] else delta[k, j]
+                for i in range(alone, num_tags, 4):  # four sources a pass over the destinations
+                    d0, d1, d2, d3 = delta[k - 1, i], delta[k - 1, i + 1], delta[k - 1, i + 2], delta[k - 1, i + 3]
+                    for j in range(padded):
+                        x, y = d0 + into[i, j], d1 + into[i + 1, j]
+                        z, w = d2 + into[i + 2, j], d3 + into[i + 3, j]
+                        x = x if x > y else y
+                        z = z if z > w else w
+                        x = x if x > z else z
+                        delta[k, j] = x if x > delta[k, j] else delta[k, j]
             for j in range(num_tags):
                 delta[k, j] += np.float64(row[j])
                 poisoned |= not delta[k, j] < _INF
