@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyseq.kernels.common import BAD_LENGTH, BAD_TAG, NLL, PARTITION, SCORE
 from pyseq.ops import _check
-from pyseq.ops._autograd import keeps_graph, on_host, refuse_batched, refuse_transforms, shared_weight
+from pyseq.ops._autograd import applier, keeps_graph, on_host, refuse_batched, refuse_transforms, shared_weight
 from pyseq.ops._backend import Backend, Room, checks_forced, launcher
 from pyseq.ops._library import register
 from pyseq.reference import chain as reference
@@ -167,7 +167,7 @@ def _value(kind: int, chain: Chain, backend: str) -> Tensor:
     if chosen == "reference":
         return _reference(kind, check, chain)
     if _needs_grad(chain):
-        return _Value.apply(*chain, kind, check, chosen)  # type: ignore[no-any-return]
+        return _apply_value(*chain, kind, check, chosen)  # type: ignore[no-any-return]
     return _value_only(*chain, kind, check, chosen)  # type: ignore[no-any-return]
 
 
@@ -395,6 +395,9 @@ class _Value(torch.autograd.Function):
         elif keeps_graph() or not isinstance(weight, float) or weight != 1.0:
             grads = torch._foreach_mul(grads, weight)
         return (*(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6)
+
+
+_apply_value = applier(_Value)
 
 
 class _Marginals(torch.autograd.Function):
