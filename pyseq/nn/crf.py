@@ -102,26 +102,18 @@ class CRF(nn.Module):
         if not self.batch_first:
             tags = tags.transpose(0, 1)
         emissions, transitions, start, end, mask = self._chain(emissions, mask)
-        if ignored is None:
-            nll = ops.crf_nll(emissions, transitions, tags, start, end, mask)
-        else:
+        if ignored is not None:
             known = tags != ignore_index
             labelled = known if mask is None else known & mask
-            if ignored == "absent":
-                mask = labelled
-                nll = ops.crf_nll(emissions, transitions, tags, start, end, mask)
-            elif ignored == "unknown":
+            if ignored == "unknown":
                 nll = _partial_nll((emissions, transitions, start, end, mask), tags, labelled)
-            else:
+                return _reduce(nll, tags, mask, reduction)
+            if ignored != "absent":
                 raise ValueError(f"ignored must be None, 'absent' or 'unknown', got {ignored!r}")
-        if reduction == "none":
-            return nll
-        total = nll.sum()  # unlike .mean(), sends back one stride-0 weight, which spares the op a second sweep
-        if reduction == "sum":
-            return total
-        if reduction == "mean":
-            return total / nll.numel()
-        return total / (max(tags.numel(), 1) if mask is None else mask.sum().clamp(min=1))
+            mask = labelled
+        if reduction == "token_mean":
+            return ops.crf_nll(emissions, transitions, tags, start, end, mask, reduction="sum") / _tokens(tags, mask)
+        return ops.crf_nll(emissions, transitions, tags, start, end, mask, reduction=reduction)
 
     def decode(self, emissions: Tensor, mask: Tensor | None = None) -> list[list[int]]:
         """The best tags of each sequence's live steps, as B lists; all -1 where no path is feasible.
@@ -188,6 +180,19 @@ class CRF(nn.Module):
             emissions = emissions.transpose(0, 1)
             mask = None if mask is None else mask.transpose(0, 1)
         return emissions, transitions, self.start_transitions, self.end_transitions, mask
+
+
+def _tokens(tags: Tensor, mask: Tensor | None) -> Tensor | int:
+    """Number of live steps, or 1 where there is none."""
+    return max(tags.numel(), 1) if mask is None else mask.sum().clamp(min=1)
+
+
+def _reduce(nll: Tensor, tags: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
+    if reduction == "none":
+        return nll
+    if reduction == "mean":
+        return nll.mean()
+    return nll.sum() if reduction == "sum" else nll.sum() / _tokens(tags, mask)
 
 
 def _partial_nll(chain: _Chain, tags: Tensor, labelled: Tensor) -> Tensor:

@@ -19,12 +19,16 @@ def on_host(x: Tensor) -> bool:
 
 def shared_weight(upstream: Tensor) -> Tensor | float | None:
     """What all gradients are to be multiplied by; None unless the host sees at once that it is one finite number."""
+    scalar = upstream.dim() == 0
     if not on_host(upstream):
-        return upstream[0] if upstream.stride(0) == 0 else None
-    alike = upstream.stride(0) == 0 and upstream.numel() > 64
-    first, *others = (upstream[:1] if alike else upstream).tolist()  # to compare tensors costs tens of microseconds
-    if others.count(first) < len(others):  # .mean() has equal ones
-        return None
+        return upstream if scalar else upstream[0] if upstream.stride(0) == 0 else None
+    if scalar:
+        first = upstream.item()
+    else:
+        alike = upstream.stride(0) == 0 and upstream.numel() > 64
+        first, *others = (upstream[:1] if alike else upstream).tolist()  # to compare tensors costs tens of microseconds
+        if others.count(first) < len(others):  # .mean() has equal ones
+            return None
     weight: float = first
     return weight if math.isfinite(weight) else None  # times the zeros of an infeasible sequence it would be NaN
 

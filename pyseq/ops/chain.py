@@ -7,7 +7,7 @@ score and loss 0. A score of -inf forbids; its gradient is 0. NaN and +inf make 
 any float dtype, float64 only beside float64 emissions. See docs/chain.md for the derivation.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from pyseq.ops._library import register
 from pyseq.reference import chain as reference
 
 Optional = Tensor | None
+Reduction = Literal["none", "sum", "mean"]
 # emissions, transitions, start, end, tags, mask, lengths
 Chain = tuple[Tensor, Tensor, Optional, Optional, Optional, Optional, Optional]
 TRITON_MAX_TAGS = 1024
@@ -91,17 +92,21 @@ def crf_nll(
     mask: Optional = None,
     *,
     lengths: Optional = None,
+    reduction: Reduction = "none",
     backend: Backend = "auto",
 ) -> Tensor:
     """Negative log-likelihood of a tag path: log partition minus score, value and gradient from one sweep.
 
-    Arguments and errors as in `crf_score`. Returns (B,), at least 0; +inf, with zero gradient, for a forbidden path
-    (what `zero_infinity=True` means in CTC loss), also beside a NaN off that path. Differentiable twice.
-    Time O(B T K^2), memory O(B T K).
+    Arguments and errors as in `crf_score`. reduction: "none" gives (B,), "sum" and "mean" a scalar, faster than to
+    reduce the result; the mean of an empty batch is NaN, as with torch's losses; another word raises ValueError.
+    At least 0; +inf, with zero gradient, for a forbidden path (what `zero_infinity=True` means in CTC loss), also
+    beside a NaN off that path. Differentiable twice. Time O(B T K^2), memory O(B T K).
     The sweep is repeated in backward only when the upstream gradient differs between sequences.
     """
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
     chain = _arguments(emissions, transitions, start, end, tags, mask, lengths, tagged=True)
-    return _value(NLL, chain, backend)
+    return _value(NLL, chain, backend, reduction)
 
 
 @CHAIN.op
@@ -162,13 +167,17 @@ def viterbi(
         return _viterbi(*chain, check, chosen)  # type: ignore[no-any-return]
 
 
-def _value(kind: int, chain: Chain, backend: str) -> Tensor:
+def _value(kind: int, chain: Chain, backend: str, reduction: Reduction = "none") -> Tensor:
     chosen, check = _choose(chain, backend)
     if chosen == "reference":
-        return _reference(kind, check, chain)
+        return _reduced(_reference(kind, check, chain), reduction)
     if _needs_grad(chain):
-        return _apply_value(*chain, kind, check, chosen)  # type: ignore[no-any-return]
-    return _value_only(*chain, kind, check, chosen)  # type: ignore[no-any-return]
+        return _apply_value(*chain, kind, check, chosen, reduction)  # type: ignore[no-any-return]
+    return _reduced(_value_only(*chain, kind, check, chosen), reduction)
+
+
+def _reduced(value: Tensor, reduction: Reduction) -> Tensor:
+    return value if reduction == "none" else value.sum() if reduction == "sum" else value.mean()
 
 
 def _reference(kind: int, checked: bool, chain: Chain) -> Tensor:
@@ -375,11 +384,15 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *chain, kind, check, backend = args
-        value, *grads = _value_and_grad(*chain, None, kind, check, backend)
+        *chain, kind, check, backend, reduction = args
+        emissions, transitions = chain[:2]
+        batch = emissions.size(0)
+        weights = transitions.new_full((batch,), 1.0 / max(batch, 1)) if reduction == "mean" else None
+        value, *grads = _value_and_grad(*chain, weights, kind, check, backend)
         ctx.save_for_backward(*chain, *grads)
         ctx.options = kind, check, backend
-        return value  # type: ignore[no-any-return]
+        ctx.reduction = reduction
+        return _reduced(value, reduction)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Optional, ...]:  # type: ignore[override]
@@ -387,14 +400,16 @@ class _Value(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor only once
         chain, grads = saved[:7], saved[7:]
         if torch.is_grad_enabled():  # create_graph=True
-            value = _reference(ctx.options[0], ctx.options[1], chain)
-            return (*_reference_grad(ctx, value, chain, upstream), *[None] * 6)
+            value = _reduced(_reference(ctx.options[0], ctx.options[1], chain), ctx.reduction)
+            return (*_reference_grad(ctx, value, chain, upstream), *[None] * 7)
         weight = shared_weight(upstream) if upstream.numel() else 1.0
         if weight is None:
-            _, *grads = _value_and_grad(*chain, upstream, *ctx.options)
-        elif keeps_graph() or not isinstance(weight, float) or weight != 1.0:
+            batch = chain[0].size(0)
+            weights = upstream / batch if ctx.reduction == "mean" else upstream
+            _, *grads = _value_and_grad(*chain, weights.expand(batch), *ctx.options)
+        elif not isinstance(weight, float) or weight != 1.0 or keeps_graph():
             grads = torch._foreach_mul(grads, weight)
-        return (*(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6)
+        return (*(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 7)
 
 
 _apply_value = applier(_Value)

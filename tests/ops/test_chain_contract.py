@@ -82,6 +82,41 @@ def test_double_backward_in_float32(op: Callable[..., Any], backend: str) -> Non
         assert_within("second", got, true.numpy(), 2 * float((near - true).abs().max()) + band)
 
 
+@on_every
+@pytest.mark.parametrize("weight", [1.0, 0.5, math.inf])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_reduction(reduction: str, weight: float, backend: str) -> None:
+    """The numbers of reducing afterwards, value, gradient and second derivative; also of a forbidden path."""
+    problem = chain(3, 3, 3, torch.float64, "holes") if backend == "triton" else chain(5, 4, 3, torch.float64, "holes")
+    assert problem.mask is not None
+    assert problem.tags is not None
+    at = int(problem.mask[1].int().argmax())
+    problem.emissions[1, at, problem.tags[1, at]] = -math.inf
+
+    def loss(leaves: Chain, fused: bool) -> Tensor:
+        extra = {"reduction": reduction} if fused else {}
+        args = (leaves.emissions, leaves.transitions, leaves.tags, leaves.start, leaves.end, leaves.mask)
+        nll: Tensor = ops.crf_nll(*args, backend=backend, **extra)  # type: ignore[arg-type]
+        return weight * (nll if fused else getattr(nll, reduction)())
+
+    for again in (False, True) if math.isfinite(weight) and backend != "triton" else (False,):
+        fused, plain = problem.leaves(), problem.leaves()
+        got, right = loss(fused, True), loss(plain, False)
+        assert got.shape == ()
+        torch.testing.assert_close(got, right)
+        grads = [
+            torch.autograd.grad(x, leaves.scores(), create_graph=again) for x, leaves in ((got, fused), (right, plain))
+        ]
+        if again:
+            grads = [
+                torch.autograd.grad(torch.stack([(g * g).sum() for g in first]).sum(), leaves.scores())
+                for first, leaves in zip(grads, (fused, plain), strict=True)
+            ]
+        torch.testing.assert_close(*grads, equal_nan=True)
+    with pytest.raises(ValueError, match="reduction must be 'none', 'sum' or 'mean', got 'batchmean'"):
+        ops.crf_nll(problem.emissions, problem.transitions, problem.tags, reduction="batchmean")  # type: ignore[arg-type]
+
+
 @on_cpu
 @pytest.mark.parametrize("weight", [1.0, 0.5])
 def test_gradients_survive_a_retained_graph(weight: float, backend: str) -> None:
@@ -138,14 +173,15 @@ def test_opcheck(kind: str, backend: str) -> None:
 
 
 @quiet_dynamo
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
 @on_every
-def test_compile(backend: str) -> None:
+def test_compile(backend: str, reduction: str) -> None:
     """One graph, forward and backward, the bits of eager; a new T or B compiles nothing."""
     torch.compiler.reset()
     counter = CompileCounter()
 
     def loss(emissions: Tensor, transitions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
-        return ops.crf_nll(emissions, transitions, tags, mask=mask, backend=backend).sum()  # type: ignore[arg-type]
+        return ops.crf_nll(emissions, transitions, tags, mask=mask, reduction=reduction, backend=backend)  # type: ignore[arg-type]
 
     def decode(emissions: Tensor, transitions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return ops.viterbi(emissions, transitions, mask=mask, backend=backend)  # type: ignore[arg-type]
@@ -299,6 +335,14 @@ def test_numbers_of_a_batch_without_sequences() -> None:
             leaves = chain(0, 3, 4).leaves()
             reduce(leaves(op, backend)).backward()
             assert not any(x.grad is None or x.grad.any() for x in leaves.scores())
+    for backend, reduction in itertools.product(CPU, ("sum", "mean")):
+        leaves = chain(0, 3, 4).leaves()
+        assert leaves.tags is not None
+        loss = ops.crf_nll(leaves.emissions, leaves.transitions, leaves.tags, reduction=reduction, backend=backend)  # type: ignore[arg-type]
+        assert loss.isnan() if reduction == "mean" else loss == 0
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert leaves.transitions.grad is not None
+        assert not leaves.transitions.grad.any()
 
 
 def change(**changes: Any) -> Callable[[Chain], Chain]:
