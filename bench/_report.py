@@ -284,7 +284,7 @@ def plot(rows: Sequence[Row], mode: str, path: Path) -> None:
     for i, name in enumerate(workloads):
         bounds = [row.units_at_limit for row in timed if row.workload == name and row.units_at_limit]
         if bounds:
-            axes.hlines(bounds[0], i - 0.45, i + 0.45, colors="black", label="limit of the machine" if i == 0 else "")
+            axes.hlines(bounds[0], i - 0.45, i + 0.45, colors="black", label="limit of the machine, for ours" if i == 0 else "")
     labels = [f"{name}\n{next(row.sizes for row in timed if row.workload == name)}" for name in workloads]
     axes.set_xticks(range(len(workloads)), labels, fontsize=8)
     axes.set_yscale("log")
