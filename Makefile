@@ -40,7 +40,7 @@ $(VENV)/.ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel pybind11
 	$(BIN)/python -m pip install --quiet torch seqeval
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench,demo,dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench,demo,dev]'
 	touch $@
 
 clean:

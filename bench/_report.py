@@ -240,8 +240,9 @@ def markdown(rows: Sequence[Row], baseline: str) -> str:
         lines = ["| " + " | ".join(line) + " |" for line in table]
         out += [lines[0], "|---" + "|---:" * (len(table[0]) - 1) + "|", *lines[1:], ""]
     legend = (
-        f"Median of a call, and times faster than {baseline}, ~ where the 95 % interval includes 1; largest error "
-        "against float64 relative to the largest value. Every timed row met its error budget first."
+        f"Median of a call, and times faster than {baseline}: the mean over rounds in which both ran side by side, for "
+        "the machine's speed drifts and medians of different hours are no pair; ~ where the 95 % interval includes 1. "
+        "Largest error against float64 relative to the largest value. Every timed row met its error budget first."
     )
     return "\n".join([*out, f"{legend} {machine_line(rows)}."])
 
@@ -270,6 +271,7 @@ def plot(rows: Sequence[Row], mode: str, path: Path) -> None:
     timed.sort(key=lambda row: row.ours)
     workloads = list(dict.fromkeys(row.workload for row in timed))
     providers = list(dict.fromkeys(row.provider for row in timed))
+    everyone = list(dict.fromkeys(row.provider for row in rows))  # of all modes, so that colours stay
     figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
     width = 0.85 / max(len(providers), 1)
     for i, provider in enumerate(providers):
@@ -280,11 +282,15 @@ def plot(rows: Sequence[Row], mode: str, path: Path) -> None:
         below = [t - w / (row.q3 or 1.0) for t, w, row in zip(y, work, mine, strict=True)]
         above = [w / (row.q1 or 1.0) - t for t, w, row in zip(y, work, mine, strict=True)]
         whiskers = [[max(0.0, e) for e in below], [max(0.0, e) for e in above]]
-        axes.errorbar(x, y, yerr=whiskers, fmt="s" if mine[0].ours else "o", label=provider)
+        axes.errorbar(
+            x, y, yerr=whiskers, fmt="s" if mine[0].ours else "o", color=f"C{everyone.index(provider)}", label=provider
+        )
     for i, name in enumerate(workloads):
         bounds = [row.units_at_limit for row in timed if row.workload == name and row.units_at_limit]
         if bounds:
-            axes.hlines(bounds[0], i - 0.45, i + 0.45, colors="black", label="limit of the machine, for ours" if i == 0 else "")
+            axes.hlines(
+                bounds[0], i - 0.45, i + 0.45, colors="black", label="limit of the machine, for ours" if i == 0 else ""
+            )
     labels = [f"{name}\n{next(row.sizes for row in timed if row.workload == name)}" for name in workloads]
     axes.set_xticks(range(len(workloads)), labels, fontsize=8)
     axes.set_yscale("log")

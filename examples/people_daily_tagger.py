@@ -247,7 +247,11 @@ def _warm_up(model: SequenceTagger, split: Split) -> None:
 def study(head: Head, settings: Settings, seed: int, threads: int) -> list[Result]:
     """One head from corpus to test scores, in a process of its own; the softmax head twice, free and legal."""
     torch.set_num_threads(threads)
-    with tqdm(desc=f"{head:>7}", unit="token", unit_scale=True, position=HEADS.index(head)) as bar:
+    live = sys.stderr.isatty()
+    place, pause = (HEADS.index(head), 0.1) if live else (0, 10)
+    with tqdm(
+        desc=f"{head:>7}", unit="token", unit_scale=True, position=place, mininterval=pause, ascii=not live
+    ) as bar:
         corpus = people_daily()
         vocabulary = index(corpus.train)
         train_split, valid_split, test_split = (

@@ -94,7 +94,7 @@ class CRF(nn.Module):
         Raises ValueError as the class says, for another word in `ignored`, and for a tag out of range (on the CPU
         outside compile or with PYSEQ_CHECK=1; elsewhere its sequence becomes NaN).
         """
-        self._validate(emissions, tags, mask)
+        self._validate(emissions, tags, mask, tagged=True)
         if reduction not in ("none", "sum", "mean", "token_mean"):
             raise ValueError(f"invalid reduction: {reduction}")
         if not isinstance(ignore_index, int):
@@ -151,9 +151,9 @@ class CRF(nn.Module):
         marginals = ops.crf_marginals(*self._chain(emissions, mask))
         return marginals if self.batch_first else marginals.transpose(0, 1)
 
-    def _validate(self, emissions: Tensor, tags: Tensor | None, mask: Tensor | None) -> None:
-        for what, given in (("emissions", emissions), ("tags", tags), ("mask", mask)):
-            if not isinstance(given, Tensor) and (given is not None or what == "emissions"):
+    def _validate(self, emissions: Tensor, tags: Tensor | None, mask: Tensor | None, tagged: bool = False) -> None:
+        for what, given, wanted in (("emissions", emissions, True), ("tags", tags, tagged), ("mask", mask, False)):
+            if not isinstance(given, Tensor) and (given is not None or wanted):
                 raise TypeError(f"{what} must be a tensor, got {type(given).__name__}")
         if emissions.dim() != 3:
             raise ValueError(f"emissions must have dimension of 3, got {emissions.dim()}")

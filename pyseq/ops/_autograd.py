@@ -50,7 +50,7 @@ def refuse_transforms(scores: Iterable[Tensor | None]) -> None:
         return
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "torch.func transforms (vmap, grad, jacrev) do not reach pyseq.ops; use torch.autograd instead"
+            "torch.func transforms (vmap, grad, jacrev, jvp) do not reach pyseq.ops; use torch.autograd instead"
         )
     if forward_ad._current_level >= 0 and any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in scores

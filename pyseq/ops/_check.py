@@ -36,7 +36,8 @@ def _dense(name: str, x: object, meaning: str) -> Tensor:
         raise TypeError(f"{name} must be a tensor of shape {meaning}, got {type(x).__name__}")
     if x.layout is not torch.strided or x.is_nested:
         kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
-        raise TypeError(f"{name} must be a dense tensor of shape {meaning}, got a {kind} one; use padding and a mask")
+        advice = "use padding and a mask" if x.is_nested else "use to_dense()"
+        raise TypeError(f"{name} must be a dense tensor of shape {meaning}, got a {kind} one; {advice}")
     return x
 
 

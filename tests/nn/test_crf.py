@@ -871,8 +871,12 @@ class TestParameterGroups:
             assert_close(scaled, factor * plain, 4 * 100)
 
 
-@pytest.mark.parametrize(("name", "bad"), [("emissions", [[[0.0]]]), ("tags", [[0]]), ("mask", [[True]])])
-def test_what_is_no_tensor_is_named(name: str, bad: object) -> None:
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [("emissions", [[[0.0]]]), ("emissions", None), ("tags", [[0]]), ("tags", None), ("mask", [[True]])],
+)
+def test_what_is_no_tensor_is_named(name: str, bad: object, batch_first: bool) -> None:
     given: dict[str, object] = {"emissions": torch.zeros(1, 1, 1), "tags": torch.zeros(1, 1, dtype=torch.int64)}
-    with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
-        CRF(1, batch_first=True).nll(**{**given, name: bad})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got {type(bad).__name__}"):
+        CRF(1, batch_first).nll(**{**given, name: bad})  # type: ignore[arg-type]

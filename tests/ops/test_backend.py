@@ -119,9 +119,10 @@ print([m for m in heavy if m in sys.modules])
 import torch
 pyseq.ops.crf_nll(torch.ones(1, 2, 3), torch.ones(3, 3), torch.zeros(1, 2).long())
 print([m for m in heavy if m in sys.modules and m != "triton"])
+print("pyseq.nn" in sys.modules, pyseq.nn.CRF(3), hasattr(pyseq, "mm"))
 """
     )
-    assert out.splitlines() == ["[]", "[]"]
+    assert out.splitlines() == ["[]", "[]", "False CRF(num_tags=3) False"]
 
 
 def test_reference_needs_torch_alone() -> None:

@@ -388,7 +388,12 @@ BAD: list[tuple[str, Callable[[Chain], Chain], type[Exception], str]] = [
         TypeError,
         "emissions must be a dense tensor .* got a sparse_coo one",
     ),
-    ("sparse edges", change(transitions=Tensor.to_sparse), TypeError, "transitions must be a dense tensor"),
+    (
+        "sparse edges",
+        change(transitions=Tensor.to_sparse),
+        TypeError,
+        r"transitions must be a dense tensor .* use to_dense\(\)",
+    ),
     ("blocked", change(emissions=Tensor.to_mkldnn), TypeError, "emissions must be a dense tensor .* got a _mkldnn one"),
     ("no tags", change(emissions=lambda x: x[..., :0]), ValueError, "at least one tag"),
     ("integers", change(emissions=Tensor.long), TypeError, r"emissions must be of dtype float32, .* got torch\.int64"),
