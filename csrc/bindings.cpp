@@ -15,12 +15,12 @@ template <class T>
 int crf(
     uintptr_t emissions, int64_t stride_batch, int64_t stride_time, int64_t batch, int64_t time, int64_t tags,
     uintptr_t transitions, uintptr_t start, uintptr_t end, uintptr_t labels, uintptr_t mask, uintptr_t lengths,
-    uintptr_t weights, int kind, bool check, uintptr_t value, uintptr_t grad_emissions, int64_t grad_stride_batch,
+    uintptr_t weights, int kind, int reduction, bool check, uintptr_t value, uintptr_t grad_emissions, int64_t grad_stride_batch,
     int64_t grad_stride_time, uintptr_t grad_transitions, uintptr_t grad_start, uintptr_t grad_end, uintptr_t paths,
     int threads, int level) {
   const pyseq::ChainArgs<T> args{
       at<T>(emissions), stride_batch, stride_time, batch, time, tags, at<T>(transitions), at<T>(start), at<T>(end),
-      at<int64_t>(labels), at<uint8_t>(mask), at<int64_t>(lengths), at<T>(weights), kind, check, at<T>(value),
+      at<int64_t>(labels), at<uint8_t>(mask), at<int64_t>(lengths), at<T>(weights), kind, reduction, check, at<T>(value),
       at<T>(grad_emissions), grad_stride_batch, grad_stride_time, at<T>(grad_transitions), at<T>(grad_start),
       at<T>(grad_end), at<int32_t>(paths), nullptr, threads, level};
   py::gil_scoped_release release;

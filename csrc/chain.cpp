@@ -22,8 +22,44 @@ constexpr int64_t kGrain = 1 << 18;  // multiply-adds below which a second threa
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
-using Block = std::unique_ptr<void, Free>;
-Block allocate(size_t bytes) { return Block(std::aligned_alloc(64, (bytes + 63) / 64 * 64)); }
+// Memory that starts on a cache line. By malloc: aligned_alloc splits blocks and takes longer than all of a small sweep.
+class Block {
+ public:
+  explicit Block(size_t bytes = 0) : held_(bytes ? std::malloc(bytes + 63) : nullptr) {}
+  void* get() const { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(held_.get()) + 63) & ~uintptr_t{63}); }
+
+ private:
+  std::unique_ptr<void, Free> held_;
+};
+
+// f(0), .., f(count - 1), in no order; without OpenMP on one thread, where entering it costs as much as a short sequence.
+template <class F> void for_each(int64_t count, int threads, F f) {
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) f(i);
+  } else {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < count; ++i) f(i);
+  }
+}
+
+// worker.run(i) on some worker's thread, then worker.add(i) in the order of i, whatever the threads.
+template <class W, class... A> void in_order(int64_t count, int threads, A&... shared) {
+  if (threads <= 1) {
+    W worker(shared...);
+    for (int64_t i = 0; i < count; ++i) worker.run(i), worker.add(i);
+  } else {
+#pragma omp parallel num_threads(threads)
+    {
+      W worker(shared...);
+#pragma omp for ordered schedule(static, 1)
+      for (int64_t i = 0; i < count; ++i) {
+        worker.run(i);
+#pragma omp ordered
+        worker.add(i);
+      }
+    }
+  }
+}
 
 template <class T> const ChainLevel<T>& level_of(int level);
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -89,7 +125,6 @@ template <class T> struct Chain {
   double transition(int64_t i, int64_t j) const { return args.transitions[i * args.tags + j]; }
   double start(int64_t j) const { return args.start ? double(args.start[j]) : 0.0; }
   double end(int64_t j) const { return args.end ? double(args.end[j]) : 0.0; }
-  double weight(const Row& row) const { return args.weights ? double(args.weights[row.index]) : 1.0; }
 
   void read_gold(Row& row) const {
     double score = 0;
@@ -128,7 +163,7 @@ template <class T> struct Chain {
     if (args.grads())
       for (int64_t k = 0; k < row.length; ++k) std::fill_n(gradient(row, row.step(k)), args.tags, T(row.lost ? kNaN : 0.0));
     if (args.grads() && !forbidden && !row.lost)
-      for (int64_t k = 0; k < row.length; ++k) gradient(row, row.step(k))[label(row, k)] = T(weight(row));
+      for (int64_t k = 0; k < row.length; ++k) gradient(row, row.step(k))[label(row, k)] = T(args.weight(row));
   }
 
   // Add `factor` times the gold path's counts; `padded` is the row stride of `counts`.
@@ -161,7 +196,7 @@ template <class T> struct Chain {
     args.value[row.index] = T(args.kind == kPartition ? log_z : nll < 0 ? 0.0 : nll);
     if (!args.grads()) return;
     const bool none = log_z == -kInf;
-    const double w = weight(row);
+    const double w = args.weight(row);
     for (int64_t j = 0; j < tags; ++j) beta[j] = end(j);
     for (int64_t k = n - 1; k >= 0; --k) {
       T* g = gradient(row, row.step(k));
@@ -224,7 +259,7 @@ template <class T, class C> struct Tables {
   Tables(const ChainArgs<T>& args, const ChainSweep<T, C>& kernel, int threads) {
     const int64_t tags = args.tags, padded = (tags + kernel.lanes - 1) / kernel.lanes * kernel.lanes;
     const int64_t panel = kernel.panel ? kernel.panel * kernel.lanes : padded, size = padded * (2 * tags + 2);
-    block = allocate(sizeof(C) * (size + tags * tags));
+    block = Block(sizeof(C) * (size + tags * tags));
     C* forward = static_cast<C*>(block.get());
     C *backward = forward + tags * padded, *start = backward + tags * padded, *end = start + padded;
     weights = end + padded;
@@ -237,24 +272,22 @@ template <class T, class C> struct Tables {
     std::fill_n(end, tags, C(1));
     usable &= !args.start || kernel.exponentials(args.start, tags, view.start_top, start);
     usable &= !args.end || kernel.exponentials(args.end, tags, view.end_top, end);
-    bool good = true;
-#pragma omp parallel num_threads(threads) if (threads > 1 && tags >= 64)
-    {
-#pragma omp for reduction(&& : good)
-      for (int64_t i = 0; i < tags; ++i)
-        good = kernel.exponentials(args.transitions + i * tags, tags, view.top, weights + i * tags) && good;
-#pragma omp for
-      for (int64_t k = 0; k < (padded + panel - 1) / panel; ++k)
-        for (int64_t j0 = k * panel; j0 < std::min((k + 1) * panel, padded);) {
-          const int64_t step = panel_width(padded - j0, kernel.lanes, kernel.panel), stop = std::min(j0 + step, tags);
-          for (int64_t i = 0; i < tags; ++i)
-            for (int64_t j = j0; j < stop; ++j) {
-              forward[j0 * tags + i * step + j - j0] = weights[i * tags + j];
-              backward[j0 * tags + i * step + j - j0] = weights[j * tags + i];
-            }
-          j0 += step;
-        }
-    }
+    std::atomic<bool> good{true};
+    if (tags < 64) threads = 1;
+    for_each(tags, threads, [&](int64_t i) {
+      if (!kernel.exponentials(args.transitions + i * tags, tags, view.top, weights + i * tags)) good = false;
+    });
+    for_each((padded + panel - 1) / panel, threads, [&](int64_t k) {
+      for (int64_t j0 = k * panel; j0 < std::min((k + 1) * panel, padded);) {
+        const int64_t step = panel_width(padded - j0, kernel.lanes, kernel.panel), stop = std::min(j0 + step, tags);
+        for (int64_t i = 0; i < tags; ++i)
+          for (int64_t j = j0; j < stop; ++j) {
+            forward[j0 * tags + i * step + j - j0] = weights[i * tags + j];
+            backward[j0 * tags + i * step + j - j0] = weights[j * tags + i];
+          }
+        j0 += step;
+      }
+    });
     usable &= good;
   }
 
@@ -283,61 +316,85 @@ int threads_for(const Row* rows, int64_t count, int64_t tags, int threads) {
   return work < kGrain ? 1 : threads;
 }
 
-// Sweep the rows of one tier with one kernel; appends those it could not do. Sums are added in the order of the groups.
+// What the groups of one tier and kernel need and give.
+template <class T, class C> struct Sweep {
+  const Chain<T>& chain;
+  const ChainSweep<T, C>& kernel;
+  const Tables<T, C>& tables;
+  const Row* rows;
+  int64_t count;
+  int size;
+  int32_t path;
+  double *counts, *first, *last;
+  std::vector<Row>& left;  // takes the rows that it could not do
+};
+
+template <class T, class C> class SweepWorker {
+ public:
+  explicit SweepWorker(const Sweep<T, C>& sweep) : s_(sweep) {
+    if (!grads_) return;
+    sums_ = Block(sizeof(double) * padded_ * (tags_ + 2));
+    out_.counts = static_cast<double*>(sums_.get());
+    out_.first = out_.counts + tags_ * padded_;
+    out_.last = out_.first + padded_;
+  }
+
+  void run(int64_t g) {
+    const Row* group = s_.rows + g * s_.size;
+    const int here = rows_of(g);
+    const size_t bytes = s_.kernel.scratch_bytes(here, group[0].length, padded_, sizeof(C), grads_);
+    if (bytes > held_) scratch_ = Block(held_ = bytes);
+    s_.kernel.run(args_, s_.tables.view, group, here, scratch_.get(), out_);
+    if (grads_)
+      for (int64_t i = 0; i < tags_; ++i)
+        for (int64_t j = 0; j < tags_; ++j) out_.counts[i * padded_ + j] *= s_.tables.weights[i * tags_ + j];
+    for (int r = 0; r < here; ++r) {
+      if (out_.flagged[r]) continue;
+      if (args_.paths) args_.paths[group[r].index] = s_.path;
+      if (grads_ && args_.kind == kNll)
+        s_.chain.add_gold(group[r], -args_.weight(group[r]), out_.counts, padded_, out_.first, out_.last);
+    }
+  }
+
+  void add(int64_t g) {
+    for (int r = 0; r < rows_of(g); ++r)
+      if (out_.flagged[r] && !s_.rows[g * s_.size + r].done) s_.left.push_back(s_.rows[g * s_.size + r]);
+    if (!grads_) return;
+    for (int64_t i = 0; i < tags_; ++i)
+      for (int64_t j = 0; j < tags_; ++j) s_.counts[i * tags_ + j] += out_.counts[i * padded_ + j];
+    for (int64_t j = 0; j < tags_; ++j) {
+      s_.first[j] += out_.first[j];
+      s_.last[j] += out_.last[j];
+    }
+  }
+
+ private:
+  int rows_of(int64_t g) const { return static_cast<int>(std::min<int64_t>(s_.size, s_.count - g * s_.size)); }
+
+  const Sweep<T, C>& s_;
+  const ChainArgs<T>& args_ = s_.chain.args;
+  const int64_t tags_ = args_.tags, padded_ = s_.tables.view.padded;
+  const bool grads_ = args_.grads();
+  Block scratch_, sums_;
+  size_t held_ = 0;
+  GroupResult out_;
+};
+
+// Sweep the rows of one tier with one kernel; appends those it could not do.
 template <class C, class T>
 void sweep(
     const Chain<T>& chain, const ChainSweep<T, C>& kernel, const Row* rows, int64_t count, int size, int32_t path, double* counts,
     double* first, double* last, std::vector<Row>& left) {
   if (count == 0) return;
-  const ChainArgs<T>& args = chain.args;
-  int threads = threads_for(rows, count, args.tags, args.threads);
-  const Tables<T, C> tables(args, kernel, threads);
+  const int threads = threads_for(rows, count, chain.args.tags, chain.args.threads);
+  const Tables<T, C> tables(chain.args, kernel, threads);
   if (!tables.usable) {
     std::copy_if(rows, rows + count, std::back_inserter(left), [](const Row& row) { return !row.done; });
     return;
   }
-  const int64_t tags = args.tags, padded = tables.view.padded, groups = (count + size - 1) / size;
-  const bool grads = args.grads();
-  threads = static_cast<int>(std::min<int64_t>(threads, groups));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Block scratch, sums;
-    if (grads) sums = allocate(sizeof(double) * padded * (tags + 2));
-    GroupResult out;
-    out.counts = static_cast<double*>(sums.get());
-    out.first = out.counts + tags * padded;
-    out.last = out.first + padded;
-    size_t held = 0;
-#pragma omp for ordered schedule(static, 1)
-    for (int64_t g = 0; g < groups; ++g) {
-      const Row* group = rows + g * size;
-      const int here = static_cast<int>(std::min<int64_t>(size, count - g * size));
-      const size_t bytes = kernel.scratch_bytes(here, group[0].length, padded, sizeof(C), grads);
-      if (bytes > held) scratch = allocate(held = bytes);
-      kernel.run(args, tables.view, group, here, scratch.get(), out);
-      if (grads)
-        for (int64_t i = 0; i < tags; ++i)
-          for (int64_t j = 0; j < tags; ++j) out.counts[i * padded + j] *= tables.weights[i * tags + j];
-      for (int r = 0; r < here; ++r) {
-        if (out.flagged[r]) continue;
-        if (args.paths) args.paths[group[r].index] = path;
-        if (grads && args.kind == kNll) chain.add_gold(group[r], -chain.weight(group[r]), out.counts, padded, out.first, out.last);
-      }
-#pragma omp ordered
-      {
-        for (int r = 0; r < here; ++r)
-          if (out.flagged[r] && !group[r].done) left.push_back(group[r]);
-        if (grads) {
-          for (int64_t i = 0; i < tags; ++i)
-            for (int64_t j = 0; j < tags; ++j) counts[i * tags + j] += out.counts[i * padded + j];
-          for (int64_t j = 0; j < tags; ++j) {
-            first[j] += out.first[j];
-            last[j] += out.last[j];
-          }
-        }
-      }
-    }
-  }
+  const int64_t groups = (count + size - 1) / size;
+  const Sweep<T, C> all{chain, kernel, tables, rows, count, size, path, counts, first, last, left};
+  in_order<SweepWorker<T, C>>(groups, static_cast<int>(std::min<int64_t>(threads, groups)), all);
 }
 
 // The rows of one tier; returns those it could not do.
@@ -357,7 +414,7 @@ template <class T>
 void decode(const ChainArgs<T>& args, ChainDecode<T> kernel, const Row* rows, int64_t count, int size, int lanes, int panel) {
   if (count == 0) return;
   const int64_t tags = args.tags, padded = (tags + lanes - 1) / lanes * lanes, beside = panel ? padded : kDecodeStride;
-  const Block block = allocate(sizeof(double) * ((padded + beside) * tags + 2 * padded));
+  const Block block(sizeof(double) * ((padded + beside) * tags + 2 * padded));
   double* forward = static_cast<double*>(block.get());
   double *into = forward + tags * padded, *start = into + tags * beside, *end = start + padded;
   std::fill(forward, start, -kInf);
@@ -392,30 +449,53 @@ void decode(const ChainArgs<T>& args, ChainDecode<T> kernel, const Row* rows, in
       const int here = static_cast<int>(std::min<int64_t>(size, count - g * size));
       const int64_t across = panel ? here * padded : tags * size;  // scores of a step
       const size_t bytes = sizeof(double) * across * (group[0].length + 1);
-      if (bytes > held) scratch = allocate(held = bytes);
+      if (bytes > held) scratch = Block(held = bytes);
       kernel(args, tables, group, here, scratch.get());
     }
   }
 }
 
+// The rows that only logs can serve, one at a time.
+template <class T> class LogWorker {
+ public:
+  LogWorker(const Chain<T>& chain, const std::vector<Row>& rows, std::vector<double>& sums)
+      : chain_(chain), rows_(rows), sums_(sums), own_(sums.size()) {}
+
+  void run(int64_t i) {
+    const int64_t tags = chain_.args.tags;
+    std::fill(own_.begin(), own_.end(), 0.0);
+    chain_.sweep_in_logs(rows_[i], own_.data(), own_.data() + tags * tags, own_.data() + tags * (tags + 1));
+    if (chain_.args.paths) chain_.args.paths[rows_[i].index] = kLog;
+  }
+  void add(int64_t) {
+    for (size_t x = 0; x < own_.size(); ++x) sums_[x] += own_[x];
+  }
+
+ private:
+  const Chain<T>& chain_;
+  const std::vector<Row>& rows_;
+  std::vector<double>&sums_, own_;
+};
+
 }  // namespace
 
-template <class T> int chain_crf(const ChainArgs<T>& args) {
+template <class T> int chain_crf(const ChainArgs<T>& given) {
+  ChainArgs<T> args = given;
+  std::vector<T> values(given.reduction == kNone ? 0 : given.batch);
+  if (given.reduction != kNone) args.value = values.data();
   Rows<T> rows;
   if (const int status = rows.read(args)) return status;
   const Chain<T> chain{args};
   const int64_t tags = args.tags;
   const ChainLevel<T>& level = level_of<T>(cpu_level(args.level));
   std::atomic<bool> bad{false};
-  const int threads = threads_for(rows.all.data(), rows.all.size(), tags, args.threads);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (size_t i = 0; i < rows.all.size(); ++i) {
+  for_each(rows.all.size(), threads_for(rows.all.data(), rows.all.size(), tags, args.threads), [&](int64_t i) {
     Row& row = rows.all[i];
     if (args.kind != kPartition) chain.read_gold(row);
     if (row.lost && args.check) bad = true;
     if (args.grads()) chain.clear_absent(row);
     chain.settle(row);
-  }
+  });
   if (bad) return kBadTag;
 
   std::vector<double> sums(args.grads() ? tags * (tags + 2) : 0);
@@ -426,25 +506,12 @@ template <class T> int chain_crf(const ChainArgs<T>& args) {
     if (row.lost)
       std::fill(sums.begin(), sums.end(), kNaN);
     else if (args.kind == kScore && args.grads() && row.length && row.score != -kInf)
-      chain.add_gold(row, chain.weight(row), counts, tags, first, last);
+      chain.add_gold(row, args.weight(row), counts, tags, first, last);
     if (args.paths) args.paths[row.index] = kFast;
   }
   todo = serve<T>(chain, level.lane_tags, level.lanes, level.rows, todo, kFast, counts, first, last);
   if (sizeof(T) == 4) todo = serve<double>(chain, level.lane_tags, level.lanes_wide, level.rows_wide, todo, kWide, counts, first, last);
-  const int64_t left = todo.size();
-#pragma omp parallel num_threads(args.threads) if (left > 1 && args.threads > 1)
-  {
-    std::vector<double> own(sums.size());  // added in the order of the rows, whatever the threads
-    double *own_first = own.data() + tags * tags, *own_last = own_first + tags;
-#pragma omp for ordered schedule(static, 1)
-    for (int64_t i = 0; i < left; ++i) {
-      std::fill(own.begin(), own.end(), 0.0);
-      chain.sweep_in_logs(todo[i], own.data(), own_first, own_last);
-      if (args.paths) args.paths[todo[i].index] = kLog;
-#pragma omp ordered
-      for (size_t x = 0; x < own.size(); ++x) sums[x] += own[x];
-    }
-  }
+  if (!todo.empty()) in_order<LogWorker<T>>(todo.size(), todo.size() > 1 ? args.threads : 1, chain, todo, sums);
   for (Row& row : rows.all)
     if (row.lost) chain.settle(row);  // its gradient has been overwritten with zeros
   if (args.grads()) {
@@ -453,6 +520,11 @@ template <class T> int chain_crf(const ChainArgs<T>& args) {
       args.grad_start[j] = T(first[j]);
       args.grad_end[j] = T(last[j]);
     }
+  }
+  if (given.reduction != kNone) {
+    double total = 0;
+    for (const T value : values) total += double(value);
+    *given.value = T(given.reduction == kMean ? total / double(given.batch) : total);
   }
   return kOk;
 }

@@ -8,36 +8,7 @@ namespace pyseq {
 
 enum Kind { kPartition = 0, kNll = 1, kScore = 2 };
 enum Status { kOk = 0, kBadTag = 1, kBadLength = 2 };
-// What served a row: the scaled domain in float or in double, or logs in double; and whether in a vector lane of its own.
-enum Path : int32_t { kFast = 0, kWide = 1, kLog = 2, kInLanes = 4 };
-
-// Emissions (batch, time, tags) with unit stride over tags; parameters contiguous; T is float or double.
-// Null start and end mean zeros, null mask and lengths all live, null weights ones, null gradient of the
-// transitions no gradients wanted.
-template <class T> struct ChainArgs {
-  const T* emissions;
-  int64_t stride_batch, stride_time;
-  int64_t batch, time, tags;
-  const T *transitions, *start, *end;
-  const int64_t* labels;
-  const uint8_t* mask;
-  const int64_t* lengths;
-  const T* weights;
-  int kind;
-  bool check;
-  T* value;
-  T* grad_emissions;
-  int64_t grad_stride_batch, grad_stride_time;
-  T *grad_transitions, *grad_start, *grad_end;
-  int32_t* paths;
-  int64_t* best_path;  // Viterbi: (batch, time) contiguous
-  int threads;
-  int level;
-  __attribute__((always_inline)) bool grads() const { return grad_transitions; }  // the others may be empty
-};
-
-template <class T> int chain_crf(const ChainArgs<T>& args);
-template <class T> int chain_viterbi(const ChainArgs<T>& args);
+enum Reduction { kNone = 0, kSum = 1, kMean = 2 };
 
 // The live steps of one sequence.
 struct Row {
@@ -49,6 +20,41 @@ struct Row {
   bool lost;           // a label or the length is out of range and nobody may raise: NaN is the answer
   __attribute__((always_inline)) int64_t step(int64_t k) const { return at ? at[k] : k; }
 };
+
+// What served a row: the scaled domain in float or in double, or logs in double; and whether in a vector lane of its own.
+enum Path : int32_t { kFast = 0, kWide = 1, kLog = 2, kInLanes = 4 };
+
+// Emissions (batch, time, tags) with unit stride over tags; parameters contiguous; T is float or double.
+// Null start and end mean zeros, null mask and lengths all live, null gradient of the transitions no gradients wanted.
+// Gradients are those of the reduction, or without one of the sum weighted by `weights`, null for ones.
+template <class T> struct ChainArgs {
+  const T* emissions;
+  int64_t stride_batch, stride_time;
+  int64_t batch, time, tags;
+  const T *transitions, *start, *end;
+  const int64_t* labels;
+  const uint8_t* mask;
+  const int64_t* lengths;
+  const T* weights;
+  int kind;
+  int reduction;
+  bool check;
+  T* value;  // (batch), or one number where there is a reduction
+  T* grad_emissions;
+  int64_t grad_stride_batch, grad_stride_time;
+  T *grad_transitions, *grad_start, *grad_end;
+  int32_t* paths;
+  int64_t* best_path;  // Viterbi: (batch, time) contiguous
+  int threads;
+  int level;
+  __attribute__((always_inline)) bool grads() const { return grad_transitions; }  // the others may be empty
+  __attribute__((always_inline)) double weight(const Row& row) const {
+    return weights ? double(weights[row.index]) : reduction == kMean ? 1.0 / double(batch) : 1.0;
+  }
+};
+
+template <class T> int chain_crf(const ChainArgs<T>& args);
+template <class T> int chain_viterbi(const ChainArgs<T>& args);
 
 constexpr int kGroupRows = 8;  // rows that share a sweep with tags in the lanes
 constexpr int kLaneTags = 24;  // most tags with one row in each lane

@@ -290,10 +290,10 @@ static void lanes_forward_backward(
 
   double log_z[L];
   IVec<C> served = {};  // lanes whose gradients are to be written
-  Vec<C> weight = splat(C(1));
+  Vec<C> weight = {};
   for (int r = 0; r < rows; ++r) {
     const Row& row = group[r];
-    if (args.weights) weight[r] = C(args.weights[row.index]);
+    weight[r] = C(args.weight(row));
     const C* tape = (const C*)a + r;
     out.flagged[r] = row.done || state.flagged[r];
     if (state.suspect[r] >= 0) out.flagged[r] |= underflowed<T, C>(args, row, tape, tags * L, L, state.suspect[r], reached);
@@ -339,7 +339,7 @@ static void lanes_forward_backward(
         }
     }
     double factor[L] = {};
-    for (int r = 0; r < rows; ++r) factor[r] = served[r] ? double(weight[r]) : 0.0;
+    for (int r = 0; r < rows; ++r) factor[r] = served[r] ? args.weight(group[r]) : 0.0;
     for (int64_t x = 0; x < tags * tags; ++x) {
       double sum = 0;
       for (int l = 0; l < L; ++l) sum += factor[l] != 0.0 ? factor[l] * totals[x * L + l] : 0.0;

@@ -290,7 +290,7 @@ static void rows_forward_backward(
   C weight[kGroupRows];
   for (int r = 0; r < rows; ++r) {
     state[r] = {0, -1, -(1 << 22), false};
-    weight[r] = args.weights ? C(args.weights[group[r].index]) : C(1);
+    weight[r] = C(args.weight(group[r]));
   }
 
   int active = rows;
@@ -357,6 +357,8 @@ static void rows_forward_backward(
       }
     }
     add_counts<C>(a, u + stride, (longest - 1) * rows, tags, padded, out.counts);
+    if (!args.weights && weight[0] != C(1))  // all alike
+      for (int64_t x = 0; x < tags * padded; ++x) out.counts[x] *= args.weight(group[0]);
   }
 
   for (int r = 0; r < rows; ++r)

@@ -28,7 +28,7 @@ def launches(dtype: torch.dtype, num_tags: int, kind: int, batch: int = 1, time:
     chain = (emissions, transitions, start, start, None if kind == PARTITION else tags, mask, None)
 
     def call() -> None:
-        kernels.crf(*chain, weights, kind, False, value, grads)
+        kernels.crf(*chain, weights, kind, "none", False, value, grads)
         kernels.viterbi(*chain, False, value, tags)
 
     return record(kernels, call)

@@ -9,6 +9,7 @@ from pyseq import _C
 
 _CRF = {torch.float32: _C.crf_float, torch.float64: _C.crf_double}
 _VITERBI = {torch.float32: _C.viterbi_float, torch.float64: _C.viterbi_double}
+_REDUCTION = {"none": 0, "sum": 1, "mean": 2}
 LEVEL = int(os.environ.get("PYSEQ_CPU_LEVEL", "0"))  # 2, 3 or 4 forces an instruction set level, 0 takes the best
 
 
@@ -26,13 +27,14 @@ def crf(
     lengths: Tensor | None,
     weights: Tensor | None,
     kind: int,
+    reduction: str,
     check: bool,
     value: Tensor,
     grads: list[Tensor] | None,
     paths: Tensor | None = None,
     level: int = 0,
 ) -> int:
-    """Value and, where `grads` are given, weighted gradients.
+    """Value and, where `grads` are given, its gradients.
 
     `paths` (B,) int32 takes what served each sequence: 0 the scaled domain in the dtype of the sums, 1 the scaled
     domain in float64, 2 the log domain; plus 4 where the sequence had a vector lane to itself.
@@ -53,6 +55,7 @@ def crf(
         _address(lengths),
         _address(weights),
         kind,
+        _REDUCTION[reduction],
         check,
         value.data_ptr(),
         _address(g_em),

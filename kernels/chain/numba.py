@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from pyseq.kernels.common import BAD_LENGTH, BAD_TAG, OK, PARTITION, SCORE
+from pyseq.kernels.common import BAD_LENGTH, BAD_TAG, OK, PARTITION, SCORE, reduces
 
 _JIT: dict[str, Any] = {
     "nogil": True,
@@ -529,6 +529,7 @@ def _chain(emissions, transitions, start, end, mask, lengths):  # type: ignore[n
     )
 
 
+@reduces
 def crf(
     emissions: Tensor,
     transitions: Tensor,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyseq.kernels.chain._triton_backward import crf_bwd_kernel, crf_counts_kernel
 from pyseq.kernels.chain._triton_forward import chain_edges_kernel, crf_fwd_kernel, viterbi_fwd_kernel
-from pyseq.kernels.common import OK, SCORE
+from pyseq.kernels.common import OK, SCORE, reduces
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 FAST, WIDE, LOG = 0, 1, 2  # paths: exp domain at the width of the sums, in float64, log domain
@@ -74,6 +74,7 @@ def _launching(like: Tensor) -> Iterator[None]:
         yield
 
 
+@reduces
 def crf(
     emissions: Tensor,
     transitions: Tensor,

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 # whether this backward may run again: then the saved gradient must not get into other hands
 keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+_is_batched, _is_legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
 
 
 def on_host(x: Tensor) -> bool:
@@ -62,8 +63,7 @@ def refuse_batched(upstream: Tensor) -> None:
     """Raise where a batch of gradients would be taken for one."""
     if torch.compiler.is_compiling():
         return
-    functorch = torch._C._functorch
-    if functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream):
+    if _is_batched(upstream) or _is_legacy_batched(upstream):
         raise RuntimeError(
             "batched gradients (is_grads_batched, vectorize=True) do not reach pyseq.ops; take them one at a time"
         )

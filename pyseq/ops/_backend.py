@@ -53,7 +53,7 @@ class Room:
     def choose(self, backend: str, lead: Tensor) -> str:
         """The backend that serves, or ValueError with the reasons of the one asked for by name."""
         if backend == "auto":
-            backend = _override()
+            backend = _variable("PYSEQ_BACKEND", "auto")
         if backend == "auto":
             for name in self.order.get(device_type(lead), ("reference",)):
                 if not self.reasons(name, lead):
@@ -70,19 +70,15 @@ def device_type(x: Tensor) -> str:
 
 
 @_constant_when_traced
-def _override() -> str:
-    return os.environ.get("PYSEQ_BACKEND", "auto")
+def _variable(name: str, default: str) -> str:
+    """os.environ.get, which raises and catches two errors where the variable is not set: a tenth of a small call."""
+    return os.environ[name] if os.environ.encodekey(name) in os.environ._data else default  # type: ignore[attr-defined]
 
 
 def checks_forced() -> bool:
     """PYSEQ_CHECK=1: value checks raise on every device, at the price of a host synchronisation on the GPU."""
-    forced: bool = _flag("PYSEQ_CHECK")
+    forced: bool = _variable("PYSEQ_CHECK", "0") == "1"
     return forced
-
-
-@_constant_when_traced
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "0") == "1"
 
 
 _FOUND: dict[str, str] = {}

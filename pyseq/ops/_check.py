@@ -19,7 +19,7 @@ def as_wanted(x: object, shape: tuple[int, ...], dtype: torch.dtype, lead: Tenso
         and not x.is_nested
         and x.shape == shape
         and x.dtype == dtype
-        and x.device == lead.device
+        and (x.is_cpu if lead.is_cpu else x.device == lead.device)
         and x.layout == torch.strided
     )
 

@@ -134,7 +134,7 @@ def crf_marginals(
         return marginals if check else marginals * _one_or_nan(chain)[:, None, None]
     if _needs_grad(chain):
         return _Marginals.apply(*chain, check, chosen)  # type: ignore[no-any-return]
-    return _value_and_grad(*chain, None, PARTITION, check, chosen)[1]  # type: ignore[no-any-return]
+    return _value_and_grad(*chain, None, PARTITION, "none", check, chosen)[1]  # type: ignore[no-any-return]
 
 
 @CHAIN.op
@@ -172,8 +172,8 @@ def _value(kind: int, chain: Chain, backend: str, reduction: Reduction = "none")
     if chosen == "reference":
         return _reduced(_reference(kind, check, chain), reduction)
     if _needs_grad(chain):
-        return _apply_value(*chain, kind, check, chosen, reduction)  # type: ignore[no-any-return]
-    return _reduced(_value_only(*chain, kind, check, chosen), reduction)
+        return _apply_value(*chain, kind, reduction, check, chosen)  # type: ignore[no-any-return]
+    return _value_only(*chain, kind, reduction, check, chosen)  # type: ignore[no-any-return]
 
 
 def _reduced(value: Tensor, reduction: Reduction) -> Tensor:
@@ -297,7 +297,7 @@ def _raise_bad_values(*chain: Any) -> None:
             )
 
 
-# Raw ops: the chain, then per-sequence gradient weights or None, then options.
+# Raw ops: the chain, then per-sequence gradient weights or None (as with a reduction), then options.
 
 
 def _launch(op: str, backend: str, chain: Any, *rest: Any) -> None:
@@ -316,21 +316,23 @@ def _launchable(emissions: Tensor) -> Tensor:
     return emissions if emissions.stride(2) == 1 else emissions.contiguous()
 
 
-def _value_fake(emissions: Tensor, transitions: Tensor, *rest: Any) -> Tensor:
-    return transitions.new_empty(emissions.size(0))
+def _value_fake(*args: Any) -> Tensor:
+    emissions, transitions, *_, reduction, _, _ = args
+    return transitions.new_empty(emissions.size(0) if reduction == "none" else ())  # type: ignore[no-any-return]
 
 
 def _value_impl(*args: Any) -> Tensor:
-    *chain, kind, check, backend = args
-    value = _value_fake(*chain)
-    _launch("crf", backend, chain, None, kind, check, value, None)
+    *chain, kind, reduction, check, backend = args
+    value = _value_fake(*args)
+    _launch("crf", backend, chain, None, kind, reduction, check, value, None)
     return value
 
 
-def _value_and_grad_fake(emissions: Tensor, transitions: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _value_and_grad_fake(*args: Any) -> tuple[Tensor, ...]:
+    emissions, transitions, *_ = args
     num_tags = emissions.size(2)
     return (
-        transitions.new_empty(emissions.size(0)),
+        _value_fake(*args),
         _launchable(torch.empty_like(emissions, dtype=transitions.dtype)),
         transitions.new_empty(num_tags, num_tags),
         transitions.new_empty(num_tags),
@@ -339,10 +341,10 @@ def _value_and_grad_fake(emissions: Tensor, transitions: Tensor, *rest: Any) -> 
 
 
 def _value_and_grad_impl(*args: Any) -> tuple[Tensor, ...]:
-    *chain, weights, kind, check, backend = args
-    value, *grads = _value_and_grad_fake(*chain)
+    *chain, weights, kind, reduction, check, backend = args
+    value, *grads = _value_and_grad_fake(*args)
     weights = None if weights is None else weights.contiguous()
-    _launch("crf", backend, chain, weights, kind, check, value, grads)
+    _launch("crf", backend, chain, weights, kind, reduction, check, value, grads)
     return (value, *grads)
 
 
@@ -362,10 +364,10 @@ _CHAIN_SCHEMA = (
     "Tensor emissions, Tensor transitions, Tensor? start, Tensor? end, Tensor? tags, Tensor? mask, Tensor? lengths"
 )
 _value_only = register(
-    f"crf_value({_CHAIN_SCHEMA}, int kind, bool check, str backend) -> Tensor", _value_impl, _value_fake
+    f"crf_value({_CHAIN_SCHEMA}, int kind, str reduction, bool check, str backend) -> Tensor", _value_impl, _value_fake
 )
 _value_and_grad = register(
-    f"crf_value_and_grad({_CHAIN_SCHEMA}, Tensor? weights, int kind, bool check, str backend) "
+    f"crf_value_and_grad({_CHAIN_SCHEMA}, Tensor? weights, int kind, str reduction, bool check, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _value_and_grad_impl,
     _value_and_grad_fake,
@@ -376,7 +378,16 @@ _viterbi = register(
 
 
 def _needs_grad(chain: Chain) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in chain[:4])
+    emissions, transitions, start, end, *_ = chain
+    return torch.is_grad_enabled() and (
+        emissions.requires_grad
+        or transitions.requires_grad
+        or (start is not None and start.requires_grad)
+        or (end is not None and end.requires_grad)
+    )
+
+
+_NO_GRADS = (None,) * 7  # tags, mask, lengths, options
 
 
 class _Value(torch.autograd.Function):
@@ -384,32 +395,30 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *chain, kind, check, backend, reduction = args
-        emissions, transitions = chain[:2]
-        batch = emissions.size(0)
-        weights = transitions.new_full((batch,), 1.0 / max(batch, 1)) if reduction == "mean" else None
-        value, *grads = _value_and_grad(*chain, weights, kind, check, backend)
+        *chain, kind, reduction, check, backend = args
+        value, *grads = _value_and_grad(*chain, None, kind, reduction, check, backend)
         ctx.save_for_backward(*chain, *grads)
-        ctx.options = kind, check, backend
-        ctx.reduction = reduction
-        return _reduced(value, reduction)
+        ctx.options = kind, reduction, check, backend
+        return value  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Optional, ...]:  # type: ignore[override]
         refuse_batched(upstream)
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor only once
         chain, grads = saved[:7], saved[7:]
+        kind, reduction, check, backend = ctx.options
         if torch.is_grad_enabled():  # create_graph=True
-            value = _reduced(_reference(ctx.options[0], ctx.options[1], chain), ctx.reduction)
-            return (*_reference_grad(ctx, value, chain, upstream), *[None] * 7)
+            value = _reduced(_reference(kind, check, chain), reduction)
+            return (*_reference_grad(ctx, value, chain, upstream), *_NO_GRADS)
         weight = shared_weight(upstream) if upstream.numel() else 1.0
         if weight is None:
             batch = chain[0].size(0)
-            weights = upstream / batch if ctx.reduction == "mean" else upstream
-            _, *grads = _value_and_grad(*chain, weights.expand(batch), *ctx.options)
+            weights = upstream / batch if reduction == "mean" else upstream
+            _, *grads = _value_and_grad(*chain, weights.expand(batch), kind, "none", check, backend)
         elif not isinstance(weight, float) or weight != 1.0 or keeps_graph():
             grads = torch._foreach_mul(grads, weight)
-        return (*(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 7)
+        needed = ctx.needs_input_grad
+        return (*[g if needed[i] else None for i, g in enumerate(grads)], *_NO_GRADS)
 
 
 _apply_value = applier(_Value)
@@ -420,7 +429,7 @@ class _Marginals(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         *chain, check, backend = args
         ctx.save_for_backward(*chain)
-        return _value_and_grad(*chain, None, PARTITION, check, backend)[1]  # type: ignore[no-any-return]
+        return _value_and_grad(*chain, None, PARTITION, "none", check, backend)[1]  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Optional, ...]:  # type: ignore[override]

@@ -408,7 +408,7 @@ def guarded(backend: str) -> Iterator[Iterator[int]]:
     count = itertools.count()
 
     def wrap(launch: Callable[..., int]) -> Callable[..., int]:
-        outputs = 10 if getattr(launch, "func", launch).__name__ == "crf" else 8
+        outputs = 11 if getattr(launch, "func", launch).__name__ == "crf" else 8
 
         def guarding(*args: Any) -> int:
             guard = Guarded()

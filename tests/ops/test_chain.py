@@ -308,6 +308,9 @@ def test_guard_bands(live: str, target: Any) -> None:
         with guarded(target.backend):
             known = Known(mixed())
             known.check(known.problem.to(target.device), target.backend)
+            leaves = known.problem.to(target.device).leaves()
+            args = (leaves.emissions, leaves.transitions, leaves.tags, leaves.start, leaves.end, leaves.mask)
+            ops.crf_nll(*args, reduction="mean", backend=target.backend).backward()  # type: ignore[arg-type]
 
 
 def test_same_bits_twice(target: Any) -> None:

@@ -18,7 +18,7 @@ from pyseq import ops
 from pyseq.kernels.common import NLL, PARTITION, SCORE
 from pyseq.ops._backend import BACKENDS
 from pyseq.testing import assert_within, unit
-from pyseq.testing.chain import Chain, chain, exact
+from pyseq.testing.chain import Chain, chain, exact, mixed
 
 CPU = ("reference", "numba", "cpp")
 on_cpu = pytest.mark.parametrize("backend", CPU)
@@ -86,7 +86,8 @@ def test_double_backward_in_float32(op: Callable[..., Any], backend: str) -> Non
 @pytest.mark.parametrize("weight", [1.0, 0.5, math.inf])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_reduction(reduction: str, weight: float, backend: str) -> None:
-    """The numbers of reducing afterwards, value, gradient and second derivative; also of a forbidden path."""
+    """The numbers of reducing afterwards, value, gradient and second derivative; also of a forbidden path, and of
+    sequences that different kernels and tiers serve."""
     problem = chain(3, 3, 3, torch.float64, "holes") if backend == "triton" else chain(5, 4, 3, torch.float64, "holes")
     assert problem.mask is not None
     assert problem.tags is not None
@@ -99,7 +100,10 @@ def test_reduction(reduction: str, weight: float, backend: str) -> None:
         nll: Tensor = ops.crf_nll(*args, backend=backend, **extra)  # type: ignore[arg-type]
         return weight * (nll if fused else getattr(nll, reduction)())
 
-    for again in (False, True) if math.isfinite(weight) and backend != "triton" else (False,):
+    cases = [(problem, False)]
+    if backend != "triton":
+        cases += [(mixed(), False), (chain(19, 6, 40), False), *[(problem, True)] * math.isfinite(weight)]
+    for problem, again in cases:
         fused, plain = problem.leaves(), problem.leaves()
         got, right = loss(fused, True), loss(plain, False)
         assert got.shape == ()
@@ -165,10 +169,12 @@ def test_opcheck(kind: str, backend: str) -> None:
     every = (*scores, tags, mask, lengths)
     untagged = (*scores, None, mask, lengths)
     weights = torch.randn(len(scores[0])).to(scores[1].dtype)
-    torch.library.opcheck(torch.ops.pyseq.crf_value.default, (*every, NLL, True, backend))
-    torch.library.opcheck(torch.ops.pyseq.crf_value.default, (*untagged, PARTITION, False, backend))
-    torch.library.opcheck(torch.ops.pyseq.crf_value_and_grad.default, (*every, weights, NLL, True, backend))
-    torch.library.opcheck(torch.ops.pyseq.crf_value_and_grad.default, (*every, None, SCORE, True, backend))
+    mean = "mean" if len(weights) else "sum"  # of no rows NaN, which opcheck takes for a difference
+    torch.library.opcheck(torch.ops.pyseq.crf_value.default, (*every, NLL, mean, True, backend))
+    torch.library.opcheck(torch.ops.pyseq.crf_value.default, (*untagged, PARTITION, "none", False, backend))
+    torch.library.opcheck(torch.ops.pyseq.crf_value_and_grad.default, (*every, weights, NLL, "none", True, backend))
+    torch.library.opcheck(torch.ops.pyseq.crf_value_and_grad.default, (*every, None, SCORE, "none", True, backend))
+    torch.library.opcheck(torch.ops.pyseq.crf_value_and_grad.default, (*every, None, NLL, mean, True, backend))
     torch.library.opcheck(torch.ops.pyseq.viterbi.default, (*untagged, True, backend))
 
 

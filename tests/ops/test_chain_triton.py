@@ -44,7 +44,7 @@ def launch(
     empty = [(*emissions.shape,), (num_tags, num_tags), (num_tags,), (num_tags,)]
     value, *out = (own(torch.full(shape, math.nan, dtype=wide)) for shape in [(len(emissions),), *empty])
     paths = own(torch.full((len(emissions),), -1, dtype=torch.int32))
-    status = kernels.crf(*chosen, None, kind, False, value, out if grads else None, paths)
+    status = kernels.crf(*chosen, None, kind, "none", False, value, out if grads else None, paths=paths)
     assert status == 0
     return value, out, paths.tolist()
 
