@@ -20,6 +20,7 @@ template <class T> struct Simd;
 template <> struct Simd<float> {
   typedef float V __attribute__((vector_size(kVectorBytes)));
   typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t U __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Int;
   static constexpr int lanes = kVectorBytes / 4;
   static constexpr int mantissa = 23, bias = 127;
@@ -27,6 +28,7 @@ template <> struct Simd<float> {
 template <> struct Simd<double> {
   typedef double V __attribute__((vector_size(kVectorBytes)));
   typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t U __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Int;
   static constexpr int lanes = kVectorBytes / 8;
   static constexpr int mantissa = 52, bias = 1023;
@@ -177,10 +179,13 @@ PYSEQ_INLINE Vec<double> scale_by_power(Vec<double> x, IVec<double> n) {
   return (Vec<double>)_mm512_maskz_scalef_pd(0xff, (__m512d)x, _mm512_cvtepi64_pd((__m512i)n));
 }
 #else
-template <class V, class I> PYSEQ_INLINE V scale_by_power(V x, I n) {
-  constexpr int mantissa = sizeof(x[0]) == 4 ? 23 : 52;
-  return ((I)x >> mantissa) + n > 0 ? (V)((I)x + (n << mantissa)) : V{};
+template <class C> PYSEQ_INLINE Vec<C> scaled(Vec<C> x, IVec<C> n) {
+  typedef typename Simd<C>::U U;  // lanes that are not chosen may overflow
+  constexpr int mantissa = Simd<C>::mantissa;
+  return ((IVec<C>)x >> mantissa) + n > 0 ? (Vec<C>)((U)x + ((U)n << mantissa)) : Vec<C>{};
 }
+PYSEQ_INLINE Vec<float> scale_by_power(Vec<float> x, IVec<float> n) { return scaled<float>(x, n); }
+PYSEQ_INLINE Vec<double> scale_by_power(Vec<double> x, IVec<double> n) { return scaled<double>(x, n); }
 #endif
 
 }  // namespace
