@@ -1,5 +1,5 @@
 // The AVX-512 intrinsics of csrc/simd.hpp and csrc/chain_lanes.hpp as loops over vectors, so that their kernels can be
-// tested on a CPU without them; see test_avx512.py.
+// tested on a CPU without them; see test_native_builds.py.
 #pragma once
 
 #include <immintrin.h>
