@@ -74,6 +74,13 @@ template <> const ChainLevel<float>& level_of<float>(int) { return chain_float_v
 template <> const ChainLevel<double>& level_of<double>(int) { return chain_double_v2; }
 #endif
 
+// The largest number, 0 where there is none or it is infinite.
+template <class T> double top_of(const T* x, int64_t size) {
+  T top = -std::numeric_limits<T>::infinity();
+  for (int64_t i = 0; i < size; ++i) top = x[i] > top ? x[i] : top;
+  return std::isfinite(top) ? double(top) : 0.0;
+}
+
 // The live steps of every sequence, longest first, and the scores of the gold paths.
 template <class T> struct Rows {
   std::vector<Row> all;
@@ -173,53 +180,64 @@ template <class T> struct Chain {
     last[label(row, row.length - 1)] += factor;
   }
 
-  // Forward-backward in the log domain, the maximum taken for each destination: nothing underflows. Every step is brought
-  // to a maximum of 0 and its posterior normalised alone, so that rounding does not grow with the scores.
+  // Forward-backward in the log domain, the maximum taken for each destination: nothing underflows. Scores count from the
+  // largest of their kind, every step from its own, and probabilities are divided by their sum, so that neither the size
+  // of the scores nor a step that only huge scores cross shows in a posterior.
   void sweep_in_logs(const Row& row, double* counts, double* first, double* last) const {
     const int64_t n = row.length, tags = args.tags;
+    const double top = top_of(args.transitions, tags * tags), start_top = args.start ? top_of(args.start, tags) : 0.0,
+                 end_top = args.end ? top_of(args.end, tags) : 0.0;
     std::vector<double> alpha(n * tags), beta(tags), before(tags), terms(tags);
     double offset = 0;
     for (int64_t k = 0; k < n; ++k) {
       double* now = &alpha[k * tags];
+      const T* f = emission(row, k);
+      const double f_top = top_of(f, tags);
       for (int64_t j = 0; j < tags; ++j) {
-        double from = start(j);
+        double from = start(j) - start_top;
         if (k) {
-          for (int64_t i = 0; i < tags; ++i) terms[i] = now[i - tags] + transition(i, j);
+          for (int64_t i = 0; i < tags; ++i) terms[i] = now[i - tags] + (transition(i, j) - top);
           from = log_sum(terms);
         }
-        now[j] = from + double(emission(row, k)[j]);
+        now[j] = from + (double(f[j]) - f_top);
       }
-      offset += bring_to_zero(now, tags);
+      offset += f_top + (k ? top : start_top) + bring_to_zero(now, tags);
     }
-    for (int64_t j = 0; j < tags; ++j) terms[j] = alpha[(n - 1) * tags + j] + end(j);
-    const double log_z = offset + log_sum(terms), nll = log_z - row.score;
+    for (int64_t j = 0; j < tags; ++j) terms[j] = alpha[(n - 1) * tags + j] + (end(j) - end_top);
+    const double log_z = offset + end_top + log_sum(terms), nll = log_z - row.score;
     args.value[row.index] = T(args.kind == kPartition ? log_z : nll < 0 ? 0.0 : nll);
     if (!args.grads()) return;
     const bool none = log_z == -kInf;
     const double w = args.weight(row);
-    for (int64_t j = 0; j < tags; ++j) beta[j] = end(j);
+    for (int64_t j = 0; j < tags; ++j) beta[j] = end(j) - end_top;
     for (int64_t k = n - 1; k >= 0; --k) {
       T* g = gradient(row, row.step(k));
       for (int64_t j = 0; j < tags; ++j) terms[j] = alpha[k * tags + j] + beta[j];
-      const double whole = log_sum(terms);
+      to_probabilities(terms);
       for (int64_t j = 0; j < tags; ++j) {
-        const double share = none ? 0.0 : w * std::exp(terms[j] - whole);
+        const double share = none ? 0.0 : w * terms[j];
         g[j] = T(share - (args.kind == kNll && label(row, k) == j ? w : 0.0));
         if (k == 0) first[j] += share;
         if (k == n - 1) last[j] += share;
       }
       if (k == 0 || none) continue;
       const T* f = emission(row, k);
-      const double* from = &alpha[(k - 1) * tags];
+      const double f_top = top_of(f, tags);
+      const auto leave = [&](int64_t i) {
+        for (int64_t j = 0; j < tags; ++j) terms[j] = (transition(i, j) - top) + (double(f[j]) - f_top) + beta[j];
+      };
+      std::vector<double> shares(&alpha[(k - 1) * tags], &alpha[k * tags]);
       for (int64_t i = 0; i < tags; ++i) {
-        for (int64_t j = 0; j < tags; ++j) terms[j] = transition(i, j) + double(f[j]) + beta[j];
-        before[i] = log_sum(terms);
+        leave(i);
+        shares[i] += before[i] = log_sum(terms);
       }
-      for (int64_t i = 0; i < tags; ++i) terms[i] = from[i] + before[i];
-      const double pairs = log_sum(terms);
-      for (int64_t i = 0; i < tags; ++i)
-        for (int64_t j = 0; j < tags; ++j)
-          counts[i * tags + j] += w * std::exp((from[i] - pairs) + (transition(i, j) + double(f[j]) + beta[j]));
+      to_probabilities(shares);
+      for (int64_t i = 0; i < tags; ++i) {
+        if (shares[i] == 0) continue;
+        leave(i);
+        to_probabilities(terms);
+        for (int64_t j = 0; j < tags; ++j) counts[i * tags + j] += w * shares[i] * terms[j];
+      }
       bring_to_zero(before.data(), tags);
       beta.swap(before);
     }
@@ -228,10 +246,16 @@ template <class T> struct Chain {
 
   // Subtracts the largest and returns it; 0 where there is none.
   static double bring_to_zero(double* x, int64_t size) {
-    const double top = *std::max_element(x, x + size);
-    if (!std::isfinite(top)) return 0.0;
+    const double top = top_of(x, size);
     for (int64_t j = 0; j < size; ++j) x[j] -= top;
     return top;
+  }
+  // exp(x) over its sum; zeros where every x is -inf.
+  static void to_probabilities(std::vector<double>& x) {
+    bring_to_zero(x.data(), x.size());
+    double total = 0;
+    for (double& v : x) total += v = std::exp(v);
+    for (double& v : x) v = total == 0 ? 0.0 : v / total;
   }
   static double log_sum(const std::vector<double>& terms) {
     double top = -kInf;
@@ -289,12 +313,6 @@ template <class T, class C> struct Tables {
       }
     });
     usable &= good;
-  }
-
-  static double top_of(const T* x, int64_t size) {
-    T top = -std::numeric_limits<T>::infinity();
-    for (int64_t i = 0; i < size; ++i) top = x[i] > top ? x[i] : top;
-    return std::isfinite(top) ? double(top) : 0.0;
   }
 };
 

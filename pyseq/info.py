@@ -37,7 +37,8 @@ def _level() -> str:
         _C = importlib.import_module("pyseq._C")
     except ImportError:
         return "the extension is missing"
-    return f"kernels use {_LEVELS[_C.cpu_level()]}"
+    wanted = importlib.import_module("pyseq.kernels.chain.cpp").LEVEL
+    return f"kernels use {_LEVELS[_C.cpu_level(wanted)]}"
 
 
 def report() -> str:
@@ -52,9 +53,11 @@ def report() -> str:
     for device in devices:
         for room in ROOMS.values():
             lines += ["", f"{room.name} on {device}: {', '.join(op.__name__ for op in room.ops)}"]
-            lines += [
-                "  " + line for line in str(explain(room.ops[0], torch.zeros(1, 1, 1, device=device))).splitlines()
-            ]
+            try:
+                said = str(explain(room.ops[0], torch.zeros(1, 1, 1, device=device)))
+            except ValueError as error:  # PYSEQ_BACKEND names something else
+                said = str(error)
+            lines += ["  " + line for line in said.splitlines()]
     return "\n".join(lines)
 
 

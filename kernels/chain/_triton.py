@@ -224,6 +224,25 @@ def log_sum(b_x):
 
 
 @triton.jit
+def shares(b_x):
+    """exp(x) over its sum, zeros where every x is -inf, and the log of that sum."""
+    top = tl.max(b_x, 0)
+    top = tl.where(top == NEG_INF, 0.0, top)
+    b_p = tl.exp(b_x - top)
+    total = tl.sum(b_p, 0)
+    dead = total == 0
+    total = tl.where(dead, 1.0, total)
+    return b_p / total, tl.where(dead, NEG_INF, tl.log(total) + top)
+
+
+@triton.jit
+def from_largest(b_x):
+    """x less its maximum, where that is finite: what a step adds for all tags alike is not to cost digits."""
+    top = tl.max(b_x, 0)
+    return b_x - tl.where(tl.abs(top) < float("inf"), top, 0.0)
+
+
+@triton.jit
 def tagged(p_steps, p_tags, o_k, live, K: constexpr):
     """Times and tags of live steps, int64, tags clamped."""
     if p_steps is None:

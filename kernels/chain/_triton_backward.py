@@ -16,14 +16,15 @@ from pyseq.kernels.chain._triton import (
     PER_CALL,
     counted,
     exponent,
+    from_largest,
     load_row,
     load_vector,
     log_product,
-    log_sum,
     long,
     product,
     resident,
     scaled,
+    shares,
     split,
     step_time,
     tagged,
@@ -85,10 +86,10 @@ def _backward_log(
     PAIR: constexpr = p_low is not None  # float64 numbers as two float32
     o = tl.arange(0, KP)
     t = step_time(p_steps, 0, n)
-    b_alpha = load_vector(p_start, o, K, tl.float64) + load_row(p_f + t * s_t, o, K, tl.float64)
+    b_alpha = load_vector(p_start, o, K, tl.float64) + from_largest(load_row(p_f + t * s_t, o, K, tl.float64))
     for k in range(0, n):
         if k > 0:
-            b_f = load_row(p_f + step_time(p_steps, k, n) * s_t, o, K, tl.float64)
+            b_f = from_largest(load_row(p_f + step_time(p_steps, k, n) * s_t, o, K, tl.float64))
             b_alpha = b_f + log_product(b_alpha, p_row, p_transitions, K, 1, K, KP, BL)
         top = tl.max(b_alpha, 0)
         b_alpha = tl.where(b_alpha == NEG_INF, NEG_INF, b_alpha - tl.where(top == NEG_INF, 0.0, top))
@@ -100,26 +101,22 @@ def _backward_log(
             tl.store(p_low + at, b_low.to(tl.float32), mask=o < K)
     tl.debug_barrier()
     b_beta = load_vector(p_end, o, K, tl.float64)
-    b_x = b_alpha + b_beta
-    z = log_sum(b_x)
+    b_mu, z = shares(b_alpha + b_beta)
     b_beta = b_beta - z
-    b_mu = tl.exp(b_x - z)
     t = step_time(p_steps, n - 1, n)
     _put(p_ends + K, b_mu, p_tags, t, w, o, K, KIND)
     for i in range(0, n - 1):
         k = n - 1 - i
         _put(p_grad + t * g_t, b_mu, p_tags, t, w, o, K, KIND)
-        b_c = b_beta + load_row(p_f + t * s_t, o, K, tl.float64)
+        b_c = b_beta + from_largest(load_row(p_f + t * s_t, o, K, tl.float64))
         b_beta = log_product(b_c, p_row, p_transitions, 1, K, K, KP, BL)
         at = long(k - 1) * K + o
         b_alpha = tl.load(p_tape + at, mask=o < K, other=NEG_INF).to(tl.float64)
         if PAIR:
             b_alpha += tl.load(p_low + at, mask=o < K, other=0.0).to(tl.float64)
         b_beta = tl.where(b_alpha == NEG_INF, NEG_INF, b_beta)
-        b_x = b_alpha + b_beta
-        z = log_sum(b_x)
+        b_mu, z = shares(b_alpha + b_beta)
         b_beta = b_beta - z
-        b_mu = tl.exp(b_x - z)
         base = tl.sum(tl.where(b_mu == 0, 0.0, b_mu * b_alpha), 0)  # logs of states that matter are then near 0
         tl.debug_barrier()
         tl.store(p_tape + at, (b_alpha - base).to(p_tape.dtype.element_ty), mask=o < K)
@@ -239,6 +236,7 @@ def crf_counts_kernel(
                         if p_low is not None:
                             b_r += tl.load(p_low + at + o_j, mask=o_j < K, other=0.0).to(tl.float64)
                         b_xi = tl.exp(b_a[:, None] + b_g.to(tl.float64) + b_r[None, :])
+                        b_xi = tl.where(b_xi > 1, 1.0, b_xi)  # a sum that scores beyond 2^50 have swallowed
                         b_rest += w * b_xi.to(dtype)
             if KIND != IS_PARTITION:
                 _, b_to = tagged(p_steps if p_steps is None else p_steps + b * T, p_tags + b * T, o_k, live, K)

@@ -10,7 +10,16 @@ from pyseq import _C
 _CRF = {torch.float32: _C.crf_float, torch.float64: _C.crf_double}
 _VITERBI = {torch.float32: _C.viterbi_float, torch.float64: _C.viterbi_double}
 _REDUCTION = {"none": 0, "sum": 1, "mean": 2}
-LEVEL = int(os.environ.get("PYSEQ_CPU_LEVEL", "0"))  # 2, 3 or 4 forces an instruction set level, 0 takes the best
+
+
+def _wanted_level() -> int:
+    text = os.environ.get("PYSEQ_CPU_LEVEL", "0")
+    if text not in ("0", "2", "3", "4"):
+        raise ValueError(f"PYSEQ_CPU_LEVEL must be 2, 3 or 4, or 0 for the best, got {text!r}")
+    return int(text)
+
+
+LEVEL = _wanted_level()
 
 
 def _address(x: Tensor | None) -> int:

@@ -240,49 +240,73 @@ def _log_sum(terms):
 
 
 @njit(**_JIT)
+def _top(x):
+    """The largest number, 0 where there is none or it is infinite."""
+    top = -_INF
+    for v in x.flat:
+        top = max(top, np.float64(v)) if v == v else top
+    return top if abs(top) < _INF else 0.0
+
+
+@njit(**_JIT)
 def _bring_to_zero(x):
     """Subtract the largest and return it; 0 where there is none."""
-    top = x.max()
-    if not abs(top) < _INF:
-        return 0.0
+    top = _top(x)
     x -= top
     return top
 
 
 @njit(**_JIT)
+def _to_probabilities(x):
+    """exp(x) over its sum; zeros where every x is -inf."""
+    _bring_to_zero(x)
+    total = 0.0
+    for j in range(len(x)):
+        x[j] = math.exp(x[j])
+        total += x[j]
+    for j in range(len(x)):
+        x[j] = 0.0 if total == 0.0 else x[j] / total
+
+
+@njit(**_JIT)
 def _log_forward(f, transitions, start, end, steps, n, num_tags, alpha):
-    """log Z by the plain recursion; alpha (n, P) filled, every step brought to a maximum of 0."""
+    """log Z by the plain recursion, scores counted from the largest of their kind; alpha (n, P) filled, every step
+    brought to a maximum of 0."""
     terms = np.empty(num_tags)
+    top, start_top, end_top = _top(transitions), _top(start), _top(end)
     offset = 0.0
     for k in range(n):
+        f_top = _top(f[steps[k]])
         for j in range(num_tags):
             if k == 0:
-                alpha[k, j] = np.float64(start[j]) + np.float64(f[steps[k], j])
+                alpha[k, j] = (np.float64(start[j]) - start_top) + (np.float64(f[steps[k], j]) - f_top)
                 continue
             for i in range(num_tags):
-                terms[i] = alpha[k - 1, i] + np.float64(transitions[i, j])
-            alpha[k, j] = np.float64(f[steps[k], j]) + _log_sum(terms)
-        offset += _bring_to_zero(alpha[k, :num_tags])
+                terms[i] = alpha[k - 1, i] + (np.float64(transitions[i, j]) - top)
+            alpha[k, j] = (np.float64(f[steps[k], j]) - f_top) + _log_sum(terms)
+        offset += f_top + (top if k else start_top) + _bring_to_zero(alpha[k, :num_tags])
     for j in range(num_tags):
-        terms[j] = alpha[n - 1, j] + np.float64(end[j])
-    return offset + _log_sum(terms)
+        terms[j] = alpha[n - 1, j] + (np.float64(end[j]) - end_top)
+    return offset + end_top + _log_sum(terms)
 
 
 @njit(**_JIT)
 def _log_backward(f, transitions, end, steps, n, num_tags, alpha, weight, g_em, pairs, g_start, g_end):
-    """Add the weighted expected counts by the plain recursion, every step's posterior normalised alone."""
+    """Add the weighted expected counts by the plain recursion, probabilities divided by their sum: neither the size of
+    the scores nor a step that only huge scores cross shows in a posterior."""
     beta = np.empty(num_tags)
     before = np.empty(num_tags)
     terms = np.empty(num_tags)
     later = np.empty((num_tags, num_tags))
+    top, end_top = _top(transitions), _top(end)
     for j in range(num_tags):
-        beta[j] = np.float64(end[j])
+        beta[j] = np.float64(end[j]) - end_top
     for k in range(n - 1, -1, -1):
         for j in range(num_tags):
             terms[j] = alpha[k, j] + beta[j]
-        whole = _log_sum(terms)
+        _to_probabilities(terms)
         for j in range(num_tags):
-            share = weight * math.exp(terms[j] - whole)
+            share = weight * terms[j]
             g_em[steps[k], j] += share
             if k == n - 1:
                 g_end[j] += share
@@ -290,16 +314,18 @@ def _log_backward(f, transitions, end, steps, n, num_tags, alpha, weight, g_em, 
                 g_start[j] += share
         if k == 0:
             break
+        f_top = _top(f[steps[k]])
         for i in range(num_tags):
             for j in range(num_tags):
-                later[i, j] = np.float64(transitions[i, j]) + np.float64(f[steps[k], j]) + beta[j]
+                score = np.float64(transitions[i, j]) - top
+                later[i, j] = score + (np.float64(f[steps[k], j]) - f_top) + beta[j]
             before[i] = _log_sum(later[i])
-        for i in range(num_tags):
             terms[i] = alpha[k - 1, i] + before[i]
-        whole = _log_sum(terms)
+            _to_probabilities(later[i])
+        _to_probabilities(terms)
         for i in range(num_tags):
             for j in range(num_tags):
-                pairs[i, j] += weight * math.exp((alpha[k - 1, i] - whole) + later[i, j])
+                pairs[i, j] += weight * terms[i] * later[i, j]
         _bring_to_zero(before)
         beta[:] = before
 

@@ -52,16 +52,17 @@ class Room:
 
     def choose(self, backend: str, lead: Tensor) -> str:
         """The backend that serves, or ValueError with the reasons of the one asked for by name."""
+        said = "backend"
         if backend == "auto":
-            backend = _variable("PYSEQ_BACKEND", "auto")
+            backend, said = _variable("PYSEQ_BACKEND", "auto"), "PYSEQ_BACKEND"
         if backend == "auto":
             for name in self.order.get(device_type(lead), ("reference",)):
                 if not self.reasons(name, lead):
                     return name
         if backend not in BACKENDS:
-            raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
+            raise ValueError(f"{said} must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
         if reasons := self.reasons(backend, lead):
-            raise ValueError(f"backend {backend!r} cannot serve: {'; '.join(reasons)}")
+            raise ValueError(f"{said} {backend!r} cannot serve: {'; '.join(reasons)}")
         return backend
 
 

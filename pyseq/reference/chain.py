@@ -27,6 +27,11 @@ def _scores(x: Tensor) -> Tensor:
     return torch.where(x == torch.inf, torch.nan, x)
 
 
+def _zeros(emissions: Tensor, *scores: Tensor | None) -> Tensor:
+    """(B,), of emissions without steps, in the graph of all scores."""
+    return emissions.sum((1, 2)) + sum(x[:0].sum() for x in scores if x is not None)
+
+
 def crf_log_partition(
     emissions: Tensor, transitions: Tensor, start: Tensor | None, end: Tensor | None, live: Tensor
 ) -> Tensor:
@@ -34,7 +39,7 @@ def crf_log_partition(
     emissions, transitions = _widen(emissions, live), _scores(transitions)
     batch, time, tags = emissions.shape
     if time == 0:
-        return emissions.sum((1, 2))  # zeros that keep the graph
+        return _zeros(emissions, transitions, start, end)
     begun = torch.zeros(batch, dtype=torch.bool, device=emissions.device)
     alpha = emissions.new_zeros(batch, tags)
     for t in range(time):
@@ -54,7 +59,7 @@ def crf_score(
     emissions = _widen(emissions, live)
     time = emissions.size(1)
     if time == 0:
-        return emissions.sum((1, 2))  # zeros that keep the graph
+        return _zeros(emissions, transitions, start, end)
     tags = torch.where(live, tags, 0)
     total = torch.where(live, emissions.gather(2, tags.unsqueeze(2)).squeeze(2), 0.0).sum(1)
     step = torch.arange(time, device=tags.device)

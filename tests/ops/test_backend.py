@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pyseq
-from pyseq import ops
+from pyseq import info, ops
 from pyseq.ops._backend import BACKENDS, ROOMS, Explanation, explain
 from pyseq.testing.chain import Chain, chain, recorded_paths
 
@@ -84,8 +84,24 @@ def test_environment_overrides_auto_alone(monkeypatch: pytest.MonkeyPatch) -> No
             assert (len(numba), len(cpp)) == (1, 1)
         assert explain(ops.viterbi, problem.emissions).chosen == backend
     monkeypatch.setenv("PYSEQ_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="'auto' or one of reference, numba, cpp, triton, got 'nonsense'"):
+    wanted = "PYSEQ_BACKEND must be 'auto' or one of reference, numba, cpp, triton, got 'nonsense'"
+    with pytest.raises(ValueError, match=wanted):
         problem(ops.viterbi, "auto")
+    assert wanted in info.report()
+    monkeypatch.setenv("PYSEQ_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="PYSEQ_BACKEND 'triton' cannot serve: tensors are on cpu"):
+        problem(ops.viterbi, "auto")
+
+
+def test_the_cpu_level_is_one_that_exists() -> None:
+    assert "kernels use the platform's baseline" in script(
+        "import pyseq.info; print(pyseq.info.report())", PYSEQ_CPU_LEVEL="2"
+    )
+    tried = "\ntry:\n    pyseq.info.report()\nexcept ValueError as error:\n    print(error)"
+    assert "PYSEQ_CPU_LEVEL must be 2, 3 or 4, or 0 for the best, got 'avx2'" in script(
+        "import pyseq.info" + tried, PYSEQ_CPU_LEVEL="avx2"
+    )
 
 
 def test_a_named_backend_serves_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

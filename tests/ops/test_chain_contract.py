@@ -341,6 +341,12 @@ def test_numbers_of_a_batch_without_sequences() -> None:
             leaves = chain(0, 3, 4).leaves()
             reduce(leaves(op, backend)).backward()
             assert not any(x.grad is None or x.grad.any() for x in leaves.scores())
+    for backend, op in itertools.product(("reference", *CPU), every):
+        leaves = chain(2, 0, 4).leaves()  # no steps, and only the parameters in the graph
+        leaves.emissions.requires_grad_(False)
+        leaves(op, backend).sum().backward()
+        assert leaves.transitions.grad is not None
+        assert not leaves.transitions.grad.any()
     for backend, reduction in itertools.product(CPU, ("sum", "mean")):
         leaves = chain(0, 3, 4).leaves()
         assert leaves.tags is not None

@@ -227,6 +227,33 @@ def test_mixed_tiers(target: Any) -> None:
     assert ran == ({0, 1} if target.backend == "numba" else {0, 1, 2})
 
 
+def test_scores_that_swallow_all_digits(target: Any) -> None:
+    """Sentinels that every path must cross: what a step adds for all tags alike does not show in the gradients, and
+    probabilities stay probabilities."""
+    if target.backend == "reference":
+        pytest.skip("adds the scores as they are")
+    problem = chain(2, 3, 3, seed=4)
+    near, far = problem.emissions.clone(), problem.emissions.clone()
+    near[:, 1], far[:, 1] = 0, -1e17
+    for wide in (False,) if target.interpreted else (False, True):
+        grads = []
+        for emissions in (near, far):
+            here = problem.replace(emissions=emissions).to(target.device)
+            grads.append(run(here.double() if wide else here, PARTITION, target.backend)[1])
+        for x, y in zip(*grads, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-14 if wide else 1e-6)
+    v = -1e30
+    swallowed = path_chain([[v, -7], [v, -3]], transitions=[[0, 1434], [v, v]])
+    tied = path_chain([[0, -1e16], [0, 0], [-1e16, 0]], transitions=[[0, -1e16], [-1e16, 0]])
+    for here in (swallowed, tied):
+        _, (marginals, counts, _, _) = run(here.to(target.device), PARTITION, target.backend)
+        torch.testing.assert_close(marginals.sum(2), torch.ones_like(marginals[..., 0]))
+        steps = marginals.size(1) - 1
+        assert 0 <= counts.min() <= counts.max() <= steps
+        if target.backend != "triton":  # there each count is bounded, but not their sum
+            torch.testing.assert_close(float(counts.sum()), float(steps))
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("where", [2, 3, 4, 8])
 def test_nan_stays_in_its_sequence(where: int, poison: float, target: Any) -> None:
