@@ -235,9 +235,9 @@ def crf_counts_kernel(
                         b_r = tl.load(p_right + at + o_j, mask=o_j < K, other=NEG_INF).to(tl.float64)
                         if p_low is not None:
                             b_r += tl.load(p_low + at + o_j, mask=o_j < K, other=0.0).to(tl.float64)
-                        b_xi = tl.exp(b_a[:, None] + b_g.to(tl.float64) + b_r[None, :])
-                        b_xi = tl.where(b_xi > 1, 1.0, b_xi)  # a sum that scores beyond 2^50 have swallowed
-                        b_rest += w * b_xi.to(dtype)
+                        b_xi = b_a[:, None] + b_g.to(tl.float64) + b_r[None, :]
+                        b_xi = tl.minimum(b_xi, 0.0)  # more where scores beyond 2^50 have swallowed digits
+                        b_rest += w * tl.exp(b_xi).to(dtype)
             if KIND != IS_PARTITION:
                 _, b_to = tagged(p_steps if p_steps is None else p_steps + b * T, p_tags + b * T, o_k, live, K)
                 _, b_from = tagged(p_steps if p_steps is None else p_steps + b * T, p_tags + b * T, o_k - 1, live, K)
