@@ -111,7 +111,8 @@ template <class T> struct Rows {
       }
       all.push_back(row);
     }
-    std::stable_sort(all.begin(), all.end(), [](const Row& x, const Row& y) { return x.length > y.length; });
+    const auto longer = [](const Row& x, const Row& y) { return x.length > y.length; };
+    if (!std::is_sorted(all.begin(), all.end(), longer)) std::stable_sort(all.begin(), all.end(), longer);
     return kOk;
   }
 };

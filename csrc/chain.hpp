@@ -7,7 +7,7 @@
 namespace pyseq {
 
 enum Kind { kPartition = 0, kNll = 1, kScore = 2 };
-enum Status { kOk = 0, kBadTag = 1, kBadLength = 2 };
+enum Status { kOk = 0, kBadTag = 1, kBadLength = 2, kUnfit = 3 };
 enum Reduction { kNone = 0, kSum = 1, kMean = 2 };
 
 // The live steps of one sequence.

@@ -5,7 +5,7 @@ from functools import wraps
 from typing import Any
 
 PARTITION, NLL, SCORE = 0, 1, 2  # what a chain kernel computes
-OK, BAD_TAG, BAD_LENGTH = 0, 1, 2  # status codes of a CPU kernel
+OK, BAD_TAG, BAD_LENGTH, UNFIT = range(4)  # status codes of a CPU kernel
 
 
 def reduces(launch: Callable[..., int]) -> Callable[..., int]:

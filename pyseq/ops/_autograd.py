@@ -8,30 +8,33 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pyseq.ops._backend import compiled
+
 # whether this backward may run again: then the saved gradient must not get into other hands
 keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 _is_batched, _is_legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
 
 
-def on_host(x: Tensor) -> bool:
-    """Whether Python may look at values."""
-    return x.is_cpu and not torch.compiler.is_compiling()
-
-
 def shared_weight(upstream: Tensor) -> Tensor | float | None:
     """What all gradients are to be multiplied by; None unless the host sees at once that it is one finite number."""
-    scalar = upstream.dim() == 0
-    if not on_host(upstream):
-        return upstream if scalar else upstream[0] if upstream.stride(0) == 0 else None
-    if scalar:
-        first = upstream.item()
-    else:
-        alike = upstream.stride(0) == 0 and upstream.numel() > 64
-        first, *others = (upstream[:1] if alike else upstream).tolist()  # to compare tensors costs tens of microseconds
-        if others.count(first) < len(others):  # .mean() has equal ones
-            return None
-    weight: float = first
-    return weight if math.isfinite(weight) else None  # times the zeros of an infeasible sequence it would be NaN
+    if upstream.is_cpu and not torch.compiler.is_compiling():
+        weight: float | None = _shared_number(upstream)
+        if weight is None:  # nor can a batch of gradients be read
+            refuse_batched(upstream)
+        return weight
+    refuse_batched(upstream)
+    return upstream if upstream.dim() == 0 else upstream[0] if upstream.stride(0) == 0 else None
+
+
+def _shared_number_by_torch(x: Tensor) -> float | None:
+    """Finite, for times the zeros of an infeasible sequence another would be NaN."""
+    refuse_batched(x)
+    numbers = (x[:1] if x.dim() and x.stride(0) == 0 else x.reshape(-1)).tolist()
+    alike = len(numbers) > 0 and numbers.count(numbers[0]) == len(numbers)
+    return numbers[0] if alike and math.isfinite(numbers[0]) else None
+
+
+_shared_number = compiled("shared_number", _shared_number_by_torch)
 
 
 def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -46,9 +49,7 @@ def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def refuse_transforms(scores: Iterable[Tensor | None]) -> None:
-    """Raise where a derivative that an autograd.Function does not carry would be dropped in silence."""
-    if torch.compiler.is_compiling():
-        return
+    """Raise, where nothing is traced, when a derivative that an autograd.Function does not carry would be dropped."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "torch.func transforms (vmap, grad, jacrev, jvp) do not reach pyseq.ops; use torch.autograd instead"

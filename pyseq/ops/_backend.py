@@ -28,13 +28,13 @@ class Room:
 
     name: folder of the launchers in `pyseq.kernels`.
     order: for each device type, the backends `auto` asks, first choice first; other devices get `reference`.
-    limits: the room's own reasons against a backend for these inputs (sizes, dtypes).
+    limits: the room's own reasons against a backend, where it has any, for inputs like the given (sizes, dtypes).
     ops: the public functions, as `op` decorated them.
     """
 
     name: str
     order: dict[str, tuple[str, ...]]
-    limits: Callable[[str, Tensor], list[str]]
+    limits: dict[str, Callable[[Tensor], list[str]]]
     ops: list[Callable[..., Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -48,13 +48,14 @@ class Room:
 
     def reasons(self, backend: str, lead: Tensor) -> list[str]:
         """Why `backend` cannot serve inputs like `lead`; empty where it can."""
-        return _environment(backend, device_type(lead)) or self.limits(backend, lead)
+        reasons = _environment(backend, device_type(lead))
+        return self.limits[backend](lead) if not reasons and backend in self.limits else reasons
 
     def choose(self, backend: str, lead: Tensor) -> str:
         """The backend that serves, or ValueError with the reasons of the one asked for by name."""
         said = "backend"
         if backend == "auto":
-            backend, said = _variable("PYSEQ_BACKEND", "auto"), "PYSEQ_BACKEND"
+            backend, said = _variable(_PYSEQ_BACKEND, "auto"), "PYSEQ_BACKEND"
         if backend == "auto":
             for name in self.order.get(device_type(lead), ("reference",)):
                 if not self.reasons(name, lead):
@@ -70,15 +71,19 @@ def device_type(x: Tensor) -> str:
     return "cpu" if x.is_cpu else x.device.type  # the second takes six times as long
 
 
+_VARIABLES: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+_PYSEQ_BACKEND, _PYSEQ_CHECK = map(os.environ.encodekey, ("PYSEQ_BACKEND", "PYSEQ_CHECK"))
+
+
 @_constant_when_traced
-def _variable(name: str, default: str) -> str:
+def _variable(key: Any, default: str) -> str:
     """os.environ.get, which raises and catches two errors where the variable is not set: a tenth of a small call."""
-    return os.environ[name] if os.environ.encodekey(name) in os.environ._data else default  # type: ignore[attr-defined]
+    return os.environ.decodevalue(_VARIABLES[key]) if key in _VARIABLES else default
 
 
 def checks_forced() -> bool:
     """PYSEQ_CHECK=1: value checks raise on every device, at the price of a host synchronisation on the GPU."""
-    forced: bool = _variable("PYSEQ_CHECK", "0") == "1"
+    forced: bool = _variable(_PYSEQ_CHECK, "0") == "1"
     return forced
 
 
@@ -100,6 +105,11 @@ def _missing(module: str) -> str:
     return _FOUND[module]
 
 
+def compiled(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of `pyseq._C`, or `otherwise` where the extension is missing."""
+    return otherwise if _missing("pyseq._C") else getattr(importlib.import_module("pyseq._C"), name)
+
+
 @_constant_when_traced
 def _environment(backend: str, device: str) -> list[str]:
     if backend == "reference":
@@ -112,7 +122,8 @@ def _environment(backend: str, device: str) -> list[str]:
     else:
         if device != "cpu":
             return [f"tensors are on {device}, {backend} needs cpu"]
-        reason = _missing("numba" if backend == "numba" else "pyseq._C")
+        module = "numba" if backend == "numba" else "pyseq._C"
+        reason = _FOUND[module] if module in _FOUND else _missing(module)
     return [reason] if reason else []
 
 

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyseq.kernels.common import BAD_LENGTH, BAD_TAG, NLL, PARTITION, SCORE
+from pyseq.kernels.common import BAD_LENGTH, BAD_TAG, NLL, PARTITION, SCORE, UNFIT
 from pyseq.ops import _check
-from pyseq.ops._autograd import applier, keeps_graph, on_host, refuse_batched, refuse_transforms, shared_weight
-from pyseq.ops._backend import Backend, Room, checks_forced, launcher
+from pyseq.ops._autograd import applier, keeps_graph, refuse_batched, refuse_transforms, shared_weight
+from pyseq.ops._backend import Backend, Room, checks_forced, compiled, launcher
 from pyseq.ops._library import register
 from pyseq.reference import chain as reference
 
@@ -26,13 +26,15 @@ Chain = tuple[Tensor, Tensor, Optional, Optional, Optional, Optional, Optional]
 TRITON_MAX_TAGS = 1024
 
 
-def _limits(backend: str, emissions: Tensor) -> list[str]:
-    if backend == "triton" and emissions.dim() == 3 and emissions.size(2) > TRITON_MAX_TAGS:
+def _triton_limits(emissions: Tensor) -> list[str]:
+    if emissions.dim() == 3 and emissions.size(2) > TRITON_MAX_TAGS:
         return [f"triton serves at most {TRITON_MAX_TAGS} tags, got {emissions.size(2)}"]
     return []
 
 
-CHAIN = Room("chain", {"cpu": ("cpp", "numba", "reference"), "cuda": ("triton", "reference")}, _limits)
+ORDER = {"cpu": ("cpp", "numba", "reference"), "cuda": ("triton", "reference")}
+CHAIN = Room("chain", ORDER, {"triton": _triton_limits})
+_fits = compiled("chain_fits", lambda *_: False)
 
 
 @CHAIN.op
@@ -172,7 +174,7 @@ def _value(kind: int, chain: Chain, backend: str, reduction: Reduction = "none")
     if chosen == "reference":
         return _reduced(_reference(kind, check, chain), reduction)
     if _needs_grad(chain):
-        return _apply_value(*chain, kind, reduction, check, chosen)  # type: ignore[no-any-return]
+        return _apply_value(*chain, (kind, reduction, check, chosen))  # type: ignore[no-any-return]
     return _value_only(*chain, kind, reduction, check, chosen)  # type: ignore[no-any-return]
 
 
@@ -214,8 +216,12 @@ def _arguments(
     tagged: bool = False,
 ) -> Chain:
     """Checked arguments; parameters widened to the dtype of the sums, integers to int64."""
+    chain = emissions, transitions, start, end, tags, mask, lengths
+    if not torch.compiler.is_compiling() and _fits(*chain, tagged):
+        return chain
     _check.tensor("emissions", emissions, "(batch, time, tags)", 3)
     _check.floating("emissions", emissions)
+    emissions = emissions.resolve_neg()
     batch, time, num_tags = emissions.shape
     if num_tags == 0:
         raise ValueError(f"emissions must have at least one tag, got shape {tuple(emissions.shape)}")
@@ -240,10 +246,10 @@ def _arguments(
 
 
 def _parameter(name: str, x: Tensor, emissions: Tensor, shape: tuple[int, ...], meaning: str) -> Tensor:
-    if _check.as_wanted(x, shape, _check.wide(emissions), emissions):
-        return x
-    _check.sized(name, x, shape, meaning)
-    return _check.parameter(name, x, "emissions", emissions)
+    if not _check.as_wanted(x, shape, _check.wide(emissions), emissions):
+        _check.sized(name, x, shape, meaning)
+        x = _check.parameter(name, x, "emissions", emissions)
+    return x.resolve_neg()  # launchers read memory, where the sign of a conjugate's imaginary part may be missing
 
 
 def _integers(name: str, x: Optional, emissions: Tensor, shape: tuple[int, ...], meaning: str) -> Tensor:
@@ -259,9 +265,11 @@ def _integers(name: str, x: Optional, emissions: Tensor, shape: tuple[int, ...],
 def _choose(chain: Chain, backend: str) -> tuple[str, bool]:
     """The backend, and whether tags and lengths out of range raise rather than make their sequence NaN."""
     emissions = chain[0]
-    refuse_transforms(chain[:4])
+    traced = torch.compiler.is_compiling()
+    if not traced:
+        refuse_transforms(chain[:4])
     chosen = CHAIN.choose(backend, emissions)
-    check = on_host(emissions) or checks_forced()
+    check = (emissions.is_cpu and not traced) or checks_forced()
     if check and (chosen == "reference" or not emissions.is_cpu):
         _raise_bad_values(*chain)
     return chosen, check
@@ -297,18 +305,22 @@ def _raise_bad_values(*chain: Any) -> None:
             )
 
 
-# Raw ops: the chain, then per-sequence gradient weights or None (as with a reduction), then options.
+# Raw ops: the chain, then for gradients a weight for each sequence or None (as with a reduction), then options.
 
 
-def _launch(op: str, backend: str, chain: Any, *rest: Any) -> None:
-    emissions = chain[0]
-    if emissions.element_size() == 2 and emissions.is_cpu and backend != "triton":
-        emissions = emissions.float()
-    emissions = _launchable(emissions)
-    others = [None if x is None else x.contiguous() for x in chain[1:]]
-    status = getattr(launcher("chain", backend), op)(emissions, *others, *rest)
+def _launch(op: str, backend: str, inputs: Any, *rest: Any) -> None:
+    launch = getattr(launcher("chain", backend), op)
+    status = launch(*inputs, *rest) if backend == "cpp" else UNFIT
+    if status == UNFIT:
+        emissions, *others = inputs
+        if emissions.element_size() == 2 and emissions.is_cpu and backend != "triton":
+            emissions = emissions.float()
+        others = [None if x is None else x.contiguous() for x in others]
+        status = launch(_launchable(emissions), *others, *rest)
+        if status == UNFIT:
+            raise RuntimeError(f"{op}: a tensor that {backend} cannot take passed the checks; please report this call")
     if status in (BAD_TAG, BAD_LENGTH):
-        _raise_bad_values(*chain)
+        _raise_bad_values(*inputs[:7])
 
 
 def _launchable(emissions: Tensor) -> Tensor:
@@ -322,30 +334,27 @@ def _value_fake(*args: Any) -> Tensor:
 
 
 def _value_impl(*args: Any) -> Tensor:
-    *chain, kind, reduction, check, backend = args
     value = _value_fake(*args)
-    _launch("crf", backend, chain, None, kind, reduction, check, value, None)
+    _launch("crf", args[-1], (*args[:7], None), *args[7:-1], value, None)
     return value
 
 
-def _value_and_grad_fake(*args: Any) -> tuple[Tensor, ...]:
-    emissions, transitions, *_ = args
-    num_tags = emissions.size(2)
+def _value_and_grad_fake(emissions: Tensor, transitions: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    num_tags, new = emissions.size(2), transitions.new_empty
     return (
-        _value_fake(*args),
+        new(emissions.size(0) if rest[-3] == "none" else ()),
         _launchable(torch.empty_like(emissions, dtype=transitions.dtype)),
-        transitions.new_empty(num_tags, num_tags),
-        transitions.new_empty(num_tags),
-        transitions.new_empty(num_tags),
+        new(num_tags, num_tags),
+        new(num_tags),
+        new(num_tags),
     )
 
 
 def _value_and_grad_impl(*args: Any) -> tuple[Tensor, ...]:
-    *chain, weights, kind, reduction, check, backend = args
-    value, *grads = _value_and_grad_fake(*args)
-    weights = None if weights is None else weights.contiguous()
-    _launch("crf", backend, chain, weights, kind, reduction, check, value, grads)
-    return (value, *grads)
+    out = _value_and_grad_fake(*args)
+    value, *grads = out
+    _launch("crf", args[-1], args[:8], *args[8:-1], value, grads)
+    return out
 
 
 def _viterbi_fake(emissions: Tensor, transitions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -387,7 +396,7 @@ def _needs_grad(chain: Chain) -> bool:
     )
 
 
-_NO_GRADS = (None,) * 7  # tags, mask, lengths, options
+_NO_GRADS = (None,) * 4  # tags, mask, lengths, options
 
 
 class _Value(torch.autograd.Function):
@@ -395,19 +404,19 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *chain, kind, reduction, check, backend = args
-        value, *grads = _value_and_grad(*chain, None, kind, reduction, check, backend)
+        *chain, ctx.options = args
+        value, *grads = _value_and_grad(*chain, None, *ctx.options)
         ctx.save_for_backward(*chain, *grads)
-        ctx.options = kind, reduction, check, backend
         return value  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Optional, ...]:  # type: ignore[override]
-        refuse_batched(upstream)
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor only once
         chain, grads = saved[:7], saved[7:]
         kind, reduction, check, backend = ctx.options
+        upstream = upstream.resolve_neg()
         if torch.is_grad_enabled():  # create_graph=True
+            refuse_batched(upstream)
             value = _reduced(_reference(kind, check, chain), reduction)
             return (*_reference_grad(ctx, value, chain, upstream), *_NO_GRADS)
         weight = shared_weight(upstream) if upstream.numel() else 1.0
@@ -417,8 +426,9 @@ class _Value(torch.autograd.Function):
             _, *grads = _value_and_grad(*chain, weights.expand(batch), kind, "none", check, backend)
         elif not isinstance(weight, float) or weight != 1.0 or keeps_graph():
             grads = torch._foreach_mul(grads, weight)
-        needed = ctx.needs_input_grad
-        return (*[g if needed[i] else None for i, g in enumerate(grads)], *_NO_GRADS)
+        g_emissions, g_transitions, g_start, g_end = grads  # autograd drops those that nobody asked for
+        g_start, g_end = None if chain[2] is None else g_start, None if chain[3] is None else g_end
+        return (g_emissions, g_transitions, g_start, g_end, *_NO_GRADS)
 
 
 _apply_value = applier(_Value)
