@@ -123,7 +123,7 @@ template <class T, class C> class SweepWorker {
     const Row* group = s_.rows + g * s_.size;
     const int here = rows_of(g);
     const size_t bytes = s_.kernel.scratch_bytes(here, group[0].length, padded_, sizeof(C), grads_);
-    if (bytes > held_) scratch_ = Block(held_ = bytes);
+    if (bytes > held_) scratch_ = Block(bytes), held_ = bytes;
     s_.kernel.run(args_, s_.tables.view, group, here, scratch_.get(), out_);
     if (grads_)
       for (int64_t i = 0; i < tags_; ++i)
@@ -219,20 +219,22 @@ void decode(const ChainArgs<T>& args, ChainDecode<T> kernel, const Row* rows, in
   const ChainTables<double> tables{tags, padded, nullptr, nullptr, start, end, top, 0, 0, forward, into};
   const int64_t groups = (count + size - 1) / size;
   const int threads = static_cast<int>(std::min<int64_t>(threads_for(rows, count, tags, args.threads), groups));
+  Failure failure;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Block scratch;
     size_t held = 0;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t g = 0; g < groups; ++g) {
-      const Row* group = rows + g * size;
-      const int here = static_cast<int>(std::min<int64_t>(size, count - g * size));
-      const int64_t across = panel ? here * padded : tags * size;  // scores of a step
-      const size_t bytes = sizeof(double) * across * (group[0].length + 1);
-      if (bytes > held) scratch = Block(held = bytes);
-      kernel(args, tables, group, here, scratch.get());
-    }
+    for (int64_t g = 0; g < groups; ++g) failure.guard([&] {
+        const Row* group = rows + g * size;
+        const int here = static_cast<int>(std::min<int64_t>(size, count - g * size));
+        const int64_t across = panel ? here * padded : tags * size;  // scores of a step
+        const size_t bytes = sizeof(double) * across * (group[0].length + 1);
+        if (bytes > held) scratch = Block(bytes), held = bytes;
+        kernel(args, tables, group, here, scratch.get());
+      });
   }
+  failure.rethrow();
 }
 
 // The rows that only logs can serve, one at a time.

@@ -47,8 +47,8 @@ def check(tree: Path, level: int, build: dict[str, str], suite: dict[str, str]) 
     seen = run(sys.executable, "-c", script, cwd=cwd, path=site, **suite)
     assert seen.split()[0] == str(level)
     assert Path(seen.split()[1]).is_relative_to(site)
-    names = [str(ROOT / "tests" / name) for name in ("ops", "nn")]
-    pytest_ = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "-k", "cpp or nn", *names)
+    names = [str(ROOT / "tests" / name) for name in ("ops", "nn", "test_extension.py")]
+    pytest_ = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "-k", "cpp or nn or extension", *names)
     assert "passed" in run(sys.executable, *pytest_, cwd=cwd, path=site, **suite).splitlines()[-1]
 
 

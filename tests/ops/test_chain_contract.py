@@ -547,6 +547,45 @@ print(used() - before)
     assert int(grown) < 8 * emissions + 4096
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the system for the size of the process")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_scratch_that_does_not_fit(threads: int) -> None:
+    """MemoryError, also out of a team of threads, and the next call is as good as ever."""
+    out = script(
+        f"""
+import resource, torch
+from pyseq import ops
+torch.set_num_threads({threads})
+emissions, transitions = torch.zeros(16, 10_000, 64, requires_grad=True), torch.zeros(64, 64)
+tags = torch.zeros(16, 10_000, dtype=torch.int64)
+calls = {{
+    "loss": lambda: ops.crf_nll(emissions, transitions, tags, backend="cpp"),
+    "value": lambda: ops.crf_log_partition(emissions.detach(), transitions, backend="cpp"),
+    "viterbi": lambda: ops.viterbi(emissions, transitions, backend="cpp")[0],
+}}
+unlimited = resource.getrlimit(resource.RLIMIT_AS)
+for name, call in calls.items():
+    expected = call().detach()
+    found = set()
+    for share in (0.1, 0.3, 0.6, 1.2, 1.6, 2.0, 2.5, 8):
+        size = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
+        resource.setrlimit(resource.RLIMIT_AS, (size + int(share * 4 * emissions.numel()), unlimited[1]))
+        try:
+            assert torch.equal(call(), expected)
+            found.add("served")
+        except MemoryError as error:
+            found.add(str(error))
+        except RuntimeError as error:  # torch's own, for the gradients
+            assert "alloc" in str(error)
+        resource.setrlimit(resource.RLIMIT_AS, unlimited)
+    assert torch.equal(call(), expected)
+    print(name, sorted(found))
+"""
+    )
+    refused = "no memory for a kernel's scratch; use smaller batches"
+    assert out.splitlines() == [f"{name} {[refused, 'served']}" for name in ("loss", "value", "viterbi")]
+
+
 def test_workers_and_forks() -> None:
     """A loader's worker, forked after the parent ran a team of two threads, decodes and returns."""
     out = script(
