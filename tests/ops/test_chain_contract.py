@@ -553,7 +553,7 @@ def test_scratch_that_does_not_fit(threads: int) -> None:
     """MemoryError, also out of a team of threads, and the next call is as good as ever."""
     out = script(
         f"""
-import resource, torch
+import pathlib, resource, torch
 from pyseq import ops
 torch.set_num_threads({threads})
 emissions, transitions = torch.zeros(16, 10_000, 64, requires_grad=True), torch.zeros(64, 64)
@@ -568,7 +568,8 @@ for name, call in calls.items():
     expected = call().detach()
     found = set()
     for share in (0.1, 0.3, 0.6, 1.2, 1.6, 2.0, 2.5, 8):
-        size = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
+        status = pathlib.Path("/proc/self/status").read_text()
+        size = int(status.split("VmSize:")[1].split()[0]) << 10
         resource.setrlimit(resource.RLIMIT_AS, (size + int(share * 4 * emissions.numel()), unlimited[1]))
         try:
             assert torch.equal(call(), expected)
