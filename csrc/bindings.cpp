@@ -37,7 +37,7 @@ class Reader {
   template <class T> T* steps(handle object, pyseq::Tensor& x) {
     if (!fits) return nullptr;
     fits = pyseq::view(object.ptr(), x) && x.type == pyseq::type_of<T> && x.rank == 3 &&
-           (x.stride[2] == 1 || x.size[2] == 1);
+           (x.stride[2] == 1 || x.size[2] == 1 || x.is_empty());
     return fits ? static_cast<T*>(x.data) : nullptr;
   }
 };
@@ -80,7 +80,9 @@ int crf(
     const int64_t batch = args.batch, time = args.time, tags = args.tags;
     args.weights = read.optional<T>(weights, {batch});
     args.kind = kind;
+    read.fits &= kind == pyseq::kPartition || ((kind == pyseq::kNll || kind == pyseq::kScore) && !labels.is_none());
     args.reduction = reduction == "none" ? pyseq::kNone : reduction == "sum" ? pyseq::kSum : pyseq::kMean;
+    read.fits &= args.reduction != pyseq::kMean || reduction == "mean";
     args.check = check;
     args.value = args.reduction == pyseq::kNone ? read.array<T>(value, {batch}) : read.array<T>(value, {});
     if (!grads.is_none()) {
@@ -121,14 +123,13 @@ int viterbi(
   });
 }
 
-// Whether the checks of ops have nothing to say of plain tensors and nothing to convert. Scores with another stride may
-// be imaginary parts of conjugates, whose sign torch has put off.
+// Whether the checks of ops have nothing to say of plain tensors and nothing to convert.
 bool chain_fits(
     handle emissions, handle transitions, handle start, handle end, handle labels, handle mask, handle lengths,
     bool labelled) {
   pyseq::Tensor lead;
   if (!pyseq::is_plain(emissions.ptr()) || !pyseq::view(emissions.ptr(), lead)) return false;
-  if (lead.rank != 3 || lead.size[2] == 0 || !lead.has_unit_stride()) return false;
+  if (lead.rank != 3 || lead.size[2] == 0 || pyseq::is_negated(emissions.ptr())) return false;
   const bool single = lead.type == pyseq::kFloat || lead.type == pyseq::kFloat16 || lead.type == pyseq::kBfloat16;
   if (!single && lead.type != pyseq::kDouble) return false;
   const pyseq::Type sums = single ? pyseq::kFloat : pyseq::kDouble;
@@ -136,7 +137,7 @@ bool chain_fits(
   const auto fits = [sums](handle object, pyseq::Type type, Shape shape) {
     pyseq::Tensor x;
     return pyseq::is_plain(object.ptr()) && pyseq::view(object.ptr(), x) && x.type == type && x.has_shape(shape) &&
-           (type != sums || x.has_unit_stride());
+           (type != sums || !pyseq::is_negated(object.ptr()));
   };
   return fits(transitions, sums, {tags, tags}) && (start.is_none() || fits(start, sums, {tags})) &&
          (end.is_none() || fits(end, sums, {tags})) &&
@@ -156,14 +157,14 @@ template <class T> py::object shared_number_in(const pyseq::Tensor& x) {
 // The finite number that all elements of a scalar or a vector are; None where there is none.
 py::object shared_number(handle object) {
   pyseq::Tensor x;
-  if (!pyseq::view(object.ptr(), x) || x.rank > 1) return py::none();
+  if (!pyseq::view(object.ptr(), x) || x.rank > 1 || pyseq::is_negated(object.ptr())) return py::none();
   return x.type == pyseq::kFloat ? shared_number_in<float>(x) : x.type == pyseq::kDouble ? shared_number_in<double>(x) : py::none();
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of pyseq. They check what they would read and write: use pyseq.ops instead.";
+  m.doc() = "Compiled kernels of pyseq. They check the tensors they would read and write: use pyseq.ops instead.";
   m.def("crf", &crf);
   m.def("viterbi", &viterbi);
   m.def("chain_fits", &chain_fits);

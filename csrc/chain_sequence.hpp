@@ -33,7 +33,7 @@ template <class T> struct Rows {
       if (args.mask) {
         const uint8_t* mask = args.mask + b * args.time;
         int64_t live = 0, first_gap = args.time;
-        for (int64_t t = 0; t < args.time; ++t) live += mask[t];
+        for (int64_t t = 0; t < args.time; ++t) live += mask[t] != 0;  // torch takes any byte
         if (const void* gap = std::memchr(mask, 0, args.time)) first_gap = static_cast<const uint8_t*>(gap) - mask;
         row.length = live;
         if (first_gap != live) {

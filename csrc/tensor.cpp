@@ -25,16 +25,14 @@ static_assert(sizeof(DLTensor) == 48);
 struct Exchange {
   uint32_t major, minor;
   void* older;
-  int (*allocate)(...);
-  int (*own)(...);
-  int (*wrap)(...);
+  void (*allocate)(), (*own)(), (*wrap)();  // of other types
   int (*view)(PyObject*, DLTensor*);
 };
 constexpr int kCpu = 1;
 enum Code { kInt = 0, kFloatingPoint = 2, kBrainFloat = 4, kBoolean = 6 };
 
 struct Torch {
-  py::object tensor, parameter, strided;
+  py::object tensor, parameter, strided, is_neg;
   py::object types[kBool + 1];
   const Exchange* exchange = nullptr;
   Torch() {
@@ -42,6 +40,7 @@ struct Torch {
     tensor = torch.attr("Tensor");
     parameter = torch.attr("nn").attr("Parameter");
     strided = torch.attr("strided");
+    is_neg = py::str("is_neg");
     const char* names[] = {nullptr, "float16", "bfloat16", "float32", "float64", "int32", "int64", "bool"};
     for (int i = 1; i <= kBool; i++) types[i] = torch.attr(names[i]);
     const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
@@ -96,8 +95,8 @@ bool view_by_attributes(py::handle object, Tensor& out) {
     out.rank = int(size.size());
     for (int d = 0; d < out.rank; d++) out.size[d] = size[d].cast<int64_t>(), out.stride[d] = stride[d].cast<int64_t>();
     return true;
-  } catch (const py::error_already_set&) {
-    return false;  // a wrapper without memory of its own
+  } catch (const std::exception&) {
+    return false;  // Python raised, or a size is symbolic
   }
 }
 
@@ -114,13 +113,23 @@ bool Tensor::is_contiguous() const {
   return dense || expected == 0;
 }
 
+bool Tensor::is_empty() const { return std::count(size, size + rank, 0) > 0; }
+
 bool view(PyObject* object, Tensor& out) {
-  return has_exchange() ? view_by_exchange(object, out) : view_by_attributes(object, out);
+  const bool dense = has_exchange() ? view_by_exchange(object, out) : view_by_attributes(object, out);
+  return dense && (out.data || out.is_empty());  // fakes, wrappers and torch's symbolic zeros have no memory
 }
 
 bool is_plain(PyObject* object) {
   const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   return type == torch().tensor.ptr() || type == torch().parameter.ptr();
+}
+
+bool is_negated(PyObject* object) {
+  PyObject* answer = PyObject_CallMethodNoArgs(object, torch().is_neg.ptr());
+  if (!answer) PyErr_Clear();
+  Py_XDECREF(answer);
+  return answer != Py_False;
 }
 
 bool has_exchange() { return allowed && torch().exchange; }

@@ -27,15 +27,18 @@ struct Tensor {
   int64_t size[kMaxRank], stride[kMaxRank];
   bool has_shape(std::initializer_list<int64_t> shape) const;
   bool is_contiguous() const;
-  bool has_unit_stride() const { return rank > 0 && stride[rank - 1] == 1; }
+  bool is_empty() const;
 };
 
-// Fills `out` for a dense tensor in the CPU's memory of at most kMaxRank dimensions; false for anything else, without a
-// Python exception. The view holds as long as the object does.
+// Fills `out` for a dense tensor of at most kMaxRank dimensions with memory of its own, the CPU's; false for anything
+// else, without a Python exception. The view holds as long as the object does.
 bool view(PyObject* object, Tensor& out);
 
 // Whether the object's type is torch.Tensor or torch.nn.Parameter itself and no subclass.
 bool is_plain(PyObject* object);
+
+// Whether memory holds the negatives of a tensor's elements: torch puts off the sign of a conjugate's imaginary part.
+bool is_negated(PyObject* object);
 
 // Whether views come through the exchange table, a tenth of a microsecond each, rather than Python's attributes.
 bool has_exchange();

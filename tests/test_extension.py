@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from pyseq import ops
-from pyseq.kernels.common import NLL, OK, UNFIT
+from pyseq.kernels.common import NLL, OK, SCORE, UNFIT
 from pyseq.ops import _autograd, _check
 from pyseq.testing import Guarded
 from pyseq.testing.chain import LIVE, Chain, chain
@@ -222,17 +224,80 @@ def test_both_ways_give_the_same(dtype: torch.dtype, live: str, by: str) -> None
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*data pointer.*")  # torch's, about fakes
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_tensors_without_memory() -> None:
+    """Symbolic zeros, which are plain tensors to Python; fakes; wrappers: neither read nor taken for None."""
+    with FakeTensorMode():
+        fake = torch.randn(3, 4, 5, requires_grad=True)
+        ops.crf_log_partition(fake, torch.randn(5, 5)).sum().backward()
+        assert fake.grad is not None
+        assert fake.grad.shape == fake.shape
+        assert _C.shared_number(torch.zeros(3)) is None
+    for at, name in enumerate(NAMES):
+        call = Call(live="lengths" if name == "lengths" else "holes")
+        given = call.chain[at]
+        assert given is not None
+        call.chain[at] = torch._efficientzerotensor(given.shape, dtype=given.dtype)
+        assert not _C.chain_fits(*call.chain, True)
+        assert call() == UNFIT
+        emissions, transitions, start, end, tags, mask, lengths = call.chain
+        symbolic = Chain(emissions, transitions, start, end, tags, mask, lengths)  # type: ignore[arg-type]
+        real = symbolic.replace(**{name: torch.zeros_like(given)})
+        for op in (ops.crf_nll, ops.crf_marginals):
+            assert torch.equal(symbolic(op, "cpp"), real(op, "cpp"))
+        assert torch.equal(symbolic(ops.viterbi, "cpp")[1], real(ops.viterbi, "cpp")[1])
+    problem = chain(3, 4, 5).leaves()
+    value = problem(ops.crf_nll, "cpp")
+    (gradient,) = torch.autograd.grad(value, problem.emissions, torch._efficientzerotensor((3,)))
+    assert torch.equal(gradient, torch.zeros(3, 4, 5))
+    twice: Any = TwoTensor(problem.emissions.detach(), problem.emissions.detach()).requires_grad_()
+    ops.crf_log_partition(twice, problem.transitions).sum().backward()
+    assert torch.equal(twice.grad.a, ops.crf_marginals(problem.emissions, problem.transitions))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3)])
+def test_empty_tensors_of_any_stride(shape: tuple[int, ...]) -> None:
+    """`contiguous()` leaves them as they are."""
+    emissions, transitions = torch.zeros(*shape[:2], 6)[..., ::2].requires_grad_(), torch.zeros(3, 3)
+    value = ops.crf_log_partition(emissions, transitions, backend="cpp")
+    value.sum().backward()
+    assert torch.equal(value, torch.zeros(shape[0]))
+    assert emissions.grad is not None
+    assert emissions.grad.shape == shape
+    assert ops.viterbi(emissions, transitions, backend="cpp")[1].shape == shape[:2]
+    assert ops.crf_marginals(emissions, transitions, backend="cpp").shape == shape
+
+
+def test_calls_that_make_no_sense_are_refused() -> None:
+    call = Call()
+    call.reduction = "product"
+    call.value = torch.zeros(())
+    assert call() == UNFIT
+    rest = (None, True, torch.zeros(3), None, None, 1, 0)
+    for kind, labels in ((NLL, None), (SCORE, None), (7, call.chain[4])):
+        assert _C.crf(*call.chain[:4], labels, *call.chain[5:], None, kind, "none", *rest[1:]) == UNFIT
+
+
 @pytest.mark.parametrize("backend", ["reference", "numba", "cpp"])
 @pytest.mark.parametrize("tags", [1, 3])
 def test_the_sign_of_a_conjugates_imaginary_part(tags: int, backend: str) -> None:
     """Torch puts it off, and only its own operations know; also in the gradient from above."""
     problem = chain(1, 1, tags)
-    lazy = problem.map(lambda x: (x * 1j).conj().imag if x.is_floating_point() else x)
-    assert all(x.is_neg() for x in lazy.scores())
     plain = problem.map(lambda x: -x if x.is_floating_point() else x)
-    for op in (ops.crf_log_partition, ops.crf_score):
-        assert torch.equal(lazy(op, backend), plain(op, backend))
-    assert torch.equal(lazy(ops.viterbi, backend)[0], plain(ops.viterbi, backend)[0])
+
+    def imaginary(x: Tensor) -> Tensor:
+        return (x * 1j).conj().imag
+
+    def unit_stride(x: Tensor) -> Tensor:
+        return imaginary(x.squeeze(-1)).unsqueeze(-1) if x.size(-1) == 1 else torch._neg_view(x)
+
+    for put_off in (imaginary, unit_stride):
+        lazy = problem.map(lambda x: put_off(x) if x.is_floating_point() else x)  # noqa: B023 (called here)
+        assert all(x.is_neg() for x in lazy.scores())
+        for op in (ops.crf_log_partition, ops.crf_score):
+            assert torch.equal(lazy(op, backend), plain(op, backend))
+        assert torch.equal(lazy(ops.viterbi, backend)[0], plain(ops.viterbi, backend)[0])
     for weight in (torch.tensor([2j]), torch.tensor([2j, 3j])):
         problem = chain(len(weight), 3, tags).leaves()
         weights = weight.conj().imag

@@ -10,7 +10,7 @@ from pyseq import _C
 
 
 def _wanted_level() -> int:
-    text = os.environ.get("PYSEQ_CPU_LEVEL", "0")
+    text = os.environ.get("PYSEQ_CPU_LEVEL") or "0"
     if text not in ("0", "2", "3", "4"):
         raise ValueError(f"PYSEQ_CPU_LEVEL must be 2, 3 or 4, or 0 for the best, got {text!r}")
     return int(text)

@@ -1,7 +1,8 @@
 """A linear-chain CRF layer: drop-in for `torchcrf.CRF` of pytorch-crf 0.7.2, for any mask and any float dtype."""
 
 from itertools import accumulate
-from typing import Any, Literal, SupportsIndex
+from operator import index
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,10 @@ class CRF(nn.Module):
     """
 
     def __init__(self, num_tags: int, batch_first: bool = False) -> None:
-        if not isinstance(num_tags, SupportsIndex) or isinstance(num_tags, bool):
-            raise TypeError(f"num_tags must be an integer, got {num_tags!r}")
+        try:
+            num_tags = index(None if isinstance(num_tags, bool) else num_tags)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"num_tags must be an integer, got {num_tags!r}") from None
         if num_tags <= 0:
             raise ValueError(f"invalid number of tags: {num_tags}")
         super().__init__()
@@ -153,8 +156,11 @@ class CRF(nn.Module):
 
     def _validate(self, emissions: Tensor, tags: Tensor | None, mask: Tensor | None, tagged: bool = False) -> None:
         for what, given, wanted in (("emissions", emissions, True), ("tags", tags, tagged), ("mask", mask, False)):
-            if not isinstance(given, Tensor) and (given is not None or wanted):
-                raise TypeError(f"{what} must be a tensor, got {type(given).__name__}")
+            if not isinstance(given, Tensor):
+                if given is not None or wanted:
+                    raise TypeError(f"{what} must be a tensor, got {type(given).__name__}")
+            elif given.is_nested:
+                raise TypeError(f"{what} must be a dense tensor, got a nested one; use padding and a mask")
         if emissions.dim() != 3:
             raise ValueError(f"emissions must have dimension of 3, got {emissions.dim()}")
         *shape, num_tags = emissions.shape

@@ -17,18 +17,18 @@ _is_batched, _is_legacy_batched = torch._C._functorch.is_batchedtensor, torch._C
 
 def shared_weight(upstream: Tensor) -> Tensor | float | None:
     """What all gradients are to be multiplied by; None unless the host sees at once that it is one finite number."""
-    if upstream.is_cpu and not torch.compiler.is_compiling():
+    eager = upstream.is_cpu and not torch.compiler.is_compiling()
+    if eager and forward_ad._current_level < 0:
         weight: float | None = _shared_number(upstream)
-        if weight is None:  # nor can a batch of gradients be read
-            refuse_batched(upstream)
-        return weight
-    refuse_batched(upstream)
-    return upstream if upstream.dim() == 0 else upstream[0] if upstream.stride(0) == 0 else None
+        if weight is not None:
+            return weight
+    refuse_upstream(upstream)  # nothing of the kind reads as a number
+    return None if eager else upstream if upstream.dim() == 0 else upstream[0] if upstream.stride(0) == 0 else None
 
 
 def _shared_number_by_torch(x: Tensor) -> float | None:
     """Finite, for times the zeros of an infeasible sequence another would be NaN."""
-    refuse_batched(x)
+    refuse_upstream(x)
     numbers = (x[:1] if x.dim() and x.stride(0) == 0 else x.reshape(-1)).tolist()
     alike = len(numbers) > 0 and numbers.count(numbers[0]) == len(numbers)
     return numbers[0] if alike and math.isfinite(numbers[0]) else None
@@ -54,17 +54,22 @@ def refuse_transforms(scores: Iterable[Tensor | None]) -> None:
         raise RuntimeError(
             "torch.func transforms (vmap, grad, jacrev, jvp) do not reach pyseq.ops; use torch.autograd instead"
         )
+    _refuse_tangents(scores)
+
+
+def _refuse_tangents(x: Iterable[Tensor | None]) -> None:
     if forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in scores
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in x
     ):
         raise RuntimeError("forward-mode derivatives do not reach pyseq.ops; use backward() or torch.autograd.grad")
 
 
-def refuse_batched(upstream: Tensor) -> None:
-    """Raise where a batch of gradients would be taken for one."""
+def refuse_upstream(upstream: Tensor) -> None:
+    """Raise where a batch of gradients would be taken for one, or a tangent be dropped."""
     if torch.compiler.is_compiling():
         return
     if _is_batched(upstream) or _is_legacy_batched(upstream):
         raise RuntimeError(
             "batched gradients (is_grads_batched, vectorize=True) do not reach pyseq.ops; take them one at a time"
         )
+    _refuse_tangents((upstream,))

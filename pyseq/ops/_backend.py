@@ -71,14 +71,15 @@ def device_type(x: Tensor) -> str:
     return "cpu" if x.is_cpu else x.device.type  # the second takes six times as long
 
 
-_VARIABLES: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+_VARIABLES: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]  # CPython's, the same since 3.0
 _PYSEQ_BACKEND, _PYSEQ_CHECK = map(os.environ.encodekey, ("PYSEQ_BACKEND", "PYSEQ_CHECK"))
 
 
 @_constant_when_traced
 def _variable(key: Any, default: str) -> str:
-    """os.environ.get, which raises and catches two errors where the variable is not set: a tenth of a small call."""
-    return os.environ.decodevalue(_VARIABLES[key]) if key in _VARIABLES else default
+    """os.environ.get, or the default for an empty one; that method raises and catches two errors where the variable is
+    not set, a tenth of a small call."""
+    return (os.environ.decodevalue(_VARIABLES[key]) if key in _VARIABLES else "") or default
 
 
 def checks_forced() -> bool:
@@ -107,7 +108,12 @@ def _missing(module: str) -> str:
 
 def compiled(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
     """A function of `pyseq._C`, or `otherwise` where the extension is missing."""
-    return otherwise if _missing("pyseq._C") else getattr(importlib.import_module("pyseq._C"), name)
+    if not _missing("pyseq._C"):
+        found = getattr(importlib.import_module("pyseq._C"), name, None)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+        _FOUND["pyseq._C"] = "the compiled extension is older than pyseq; reinstall pyseq"
+    return otherwise
 
 
 @_constant_when_traced
@@ -139,16 +145,18 @@ def launcher(room: str, backend: str) -> ModuleType:
 
 
 class Explanation(dict[str, list[str]]):
-    """Backend -> reasons against it (none: it serves). `chosen` is what auto takes."""
+    """Backend -> reasons against it (none: it serves). `chosen` is what auto takes; where PYSEQ_BACKEND names one that
+    cannot serve it is empty, and `refusal` says why."""
 
     chosen: str
+    refusal: str = ""
 
     def __str__(self) -> str:
         rows = []
         for name, reasons in self.items():
             verdict = "; ".join(reasons) or ("chosen by auto" if name == self.chosen else "available")
             rows.append(f"{name:<10} {verdict}")
-        return "\n".join(rows)
+        return "\n".join([*rows, self.refusal] if self.refusal else rows)
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -165,5 +173,8 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     if lead is None:
         raise TypeError(f"explain({op.__name__}, ...) needs the tensors of the call")
     out = Explanation({name: room.reasons(name, lead) for name in BACKENDS})
-    out.chosen = room.choose("auto", lead)
+    try:
+        out.chosen = room.choose("auto", lead)
+    except ValueError as error:
+        out.chosen, out.refusal = "", str(error)
     return out

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pyseq.kernels.common import BAD_LENGTH, BAD_TAG, NLL, PARTITION, UNFIT
-from pyseq.ops._autograd import applier, keeps_graph, refuse_batched, shared_weight
+from pyseq.ops._autograd import applier, keeps_graph, refuse_upstream, shared_weight
 from pyseq.ops._backend import launcher
-from pyseq.ops._library import register
+from pyseq.ops._library import Unfit, register
 from pyseq.reference import chain as reference
 
 Optional = Tensor | None
@@ -127,7 +127,7 @@ def _launch(op: str, backend: str, inputs: Any, *rest: Any) -> None:
         others = [None if x is None else x.contiguous() for x in others]
         status = launch(_launchable(emissions), *others, *rest)
         if status == UNFIT:
-            raise RuntimeError(f"{op}: a tensor that {backend} cannot take passed the checks; please report this call")
+            raise Unfit(f"{op}: {backend} cannot take a tensor that passed the checks; please report this call")
     if status in (BAD_TAG, BAD_LENGTH):
         raise_bad_values(*inputs[:7])
 
@@ -213,15 +213,14 @@ class _Value(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor only once
         chain, grads = saved[:7], saved[7:]
         kind, reduction, check, backend = ctx.options
-        upstream = upstream.resolve_neg()
         if torch.is_grad_enabled():  # create_graph=True
-            refuse_batched(upstream)
+            refuse_upstream(upstream)
             value = _reduced(_reference(kind, check, chain), reduction)
             return (*_reference_grad(ctx, value, chain, upstream), *_NO_GRADS)
         weight = shared_weight(upstream) if upstream.numel() else 1.0
         if weight is None:
             batch = chain[0].size(0)
-            weights = upstream / batch if reduction == "mean" else upstream
+            weights = upstream / batch if reduction == "mean" else upstream.resolve_neg()
             _, *grads = _value_and_grad(*chain, weights.expand(batch), kind, "none", check, backend)
         elif not isinstance(weight, float) or weight != 1.0 or keeps_graph():
             grads = torch._foreach_mul(grads, weight)
@@ -242,14 +241,19 @@ class _Marginals(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Optional, ...]:  # type: ignore[override]
-        refuse_batched(upstream)
+        refuse_upstream(upstream)
         chain = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            chain = *(x if x is None else x.detach().requires_grad_() for x in chain[:4]), *chain[4:]
-        with torch.enable_grad():
-            emissions, transitions, start, end = chain[:4]
-            marginals = reference.crf_marginals(emissions, transitions, start, end, live(chain))
-        return (*_reference_grad(ctx, marginals, chain, upstream), *[None] * 5)
+        wanted = [i for i in range(4) if ctx.needs_input_grad[i]]
+
+        def posteriors(*scores: Tensor) -> Tensor:
+            given = dict(enumerate(chain[:4])) | dict(zip(wanted, scores, strict=True))
+            return reference.crf_marginals(given[0], given[1], given[2], given[3], live(chain))
+
+        pull = torch.func.vjp(posteriors, *[chain[i] for i in wanted])[1]  # torch.autograd.grad does not compile here
+        grads: list[Optional] = [None] * 9
+        for i, gradient in zip(wanted, pull(upstream), strict=True):
+            grads[i] = gradient
+        return tuple(grads)
 
 
 def _reference_grad(ctx: Any, value: Tensor, chain: Chain, upstream: Tensor) -> list[Optional]:

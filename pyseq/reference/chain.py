@@ -95,13 +95,11 @@ def crf_marginals(
 ) -> Tensor:
     """Posterior probability (B, T, K) of each tag: the gradient of log Z in the emissions."""
     dtype = torch.promote_types(emissions.dtype, torch.float32)
-    differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
-        scores = emissions.to(dtype)
-        scores = scores if scores.requires_grad else scores.detach().requires_grad_()
-        log_z = crf_log_partition(scores, transitions, start, end, live)
-        (marginals,) = torch.autograd.grad(log_z.sum(), scores, create_graph=differentiable, materialize_grads=True)
-    return marginals
+
+    def total(scores: Tensor) -> Tensor:
+        return crf_log_partition(scores, transitions, start, end, live).sum()
+
+    return torch.func.grad(total)(emissions.to(dtype))  # type: ignore[no-any-return]
 
 
 def viterbi(

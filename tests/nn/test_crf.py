@@ -849,10 +849,11 @@ class TestParameterGroups:
         with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, not its parameters, got generator"):
             crf_parameter_groups(nn.Linear(2, 2).parameters(), 1e-5)  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("num_tags", ["4", 4.0, True, None])
+    @pytest.mark.parametrize("num_tags", ["4", 4.0, True, None, torch.tensor(3.0)])
     def test_num_tags_must_be_an_integer(self, num_tags: int) -> None:
         with pytest.raises(TypeError, match=re.escape(f"num_tags must be an integer, got {num_tags!r}")):
             CRF(num_tags)
+        assert type(CRF(torch.tensor(3)).num_tags) is int  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
     def test_one_step_of_an_optimizer(self, optimizer: Callable[..., torch.optim.Optimizer]) -> None:
@@ -872,6 +873,14 @@ class TestParameterGroups:
         for name, plain, scaled in zip(names, *moves, strict=True):
             factor = 100 if name.startswith("crf.") else 1
             assert_close(scaled, factor * plain, 4 * 100)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")  # torch, of its prototype
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.randn(3, K), torch.randn(4, K)], layout=layout)
+    with pytest.raises(TypeError, match="emissions must be a dense tensor, got a nested one; use padding and a mask"):
+        CRF(K, batch_first=True).decode(nested)
 
 
 @LAYOUTS

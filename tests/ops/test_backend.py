@@ -92,6 +92,11 @@ def test_environment_overrides_auto_alone(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="PYSEQ_BACKEND 'triton' cannot serve: tensors are on cpu"):
         problem(ops.viterbi, "auto")
+    told = explain(ops.viterbi, problem.emissions)
+    assert told.chosen == ""
+    assert str(told).splitlines()[-1].startswith("PYSEQ_BACKEND 'triton' cannot serve")
+    monkeypatch.setenv("PYSEQ_BACKEND", "")
+    assert explain(ops.viterbi, problem.emissions).chosen == "cpp"
 
 
 def test_the_cpu_level_is_one_that_exists() -> None:
@@ -139,6 +144,21 @@ print("pyseq.nn" in sys.modules, pyseq.nn.CRF(3), hasattr(pyseq, "mm"))
 """
     )
     assert out.splitlines() == ["[]", "[]", "False CRF(num_tags=3) False"]
+
+
+def test_an_extension_of_another_version() -> None:
+    """Left in an editable install after an update: it does not serve, and says what to do."""
+    out = script(
+        """
+import sys, types
+sys.modules["pyseq._C"] = types.ModuleType("pyseq._C")
+import torch
+from pyseq import explain, ops
+print(explain(ops.viterbi, torch.ones(1, 1, 1)))
+"""
+    )
+    assert "the compiled extension is older than pyseq; reinstall pyseq" in out
+    assert "chosen by auto" in next(line for line in out.splitlines() if line.startswith("numba"))
 
 
 def test_reference_needs_torch_alone() -> None:

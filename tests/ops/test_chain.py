@@ -289,6 +289,20 @@ def test_layouts(layout: str, dtype: torch.dtype, target: Any) -> None:
         assert (x._version, x.requires_grad) == (version, grad)
 
 
+@pytest.mark.parametrize("byte", [2, 128, 255])
+@pytest.mark.parametrize("live", ["holes", "left", "right"])
+def test_any_byte_of_a_mask_is_true(live: str, byte: int, target: Any) -> None:
+    """A view of other bytes as bool, as NumPy and C++ code hands out."""
+    problem = (chain(2, 3, 3, live=live) if target.interpreted else chain(19, 11, 5, live=live)).to(target.device)
+    assert problem.mask is not None
+    odd = problem.replace(mask=(problem.mask.to(torch.uint8) * byte).view(torch.bool))
+    for kind in target.kinds:
+        (value, grads), (right, right_grads) = (run(p, kind, target.backend, "each") for p in (odd, problem))
+        assert torch.equal(value, right)
+        assert all(map(torch.equal, grads, right_grads))
+    assert all(map(torch.equal, odd(ops.viterbi, target.backend), problem(ops.viterbi, target.backend)))
+
+
 @pytest.mark.parametrize("live", ["all", "holes", "lengths"])
 def test_guard_bands(live: str, target: Any) -> None:
     """Every buffer of a launch lies between NaNs: none is read into a result, none is written."""

@@ -214,6 +214,39 @@ def test_compile(backend: str, reduction: str) -> None:
 
 
 @quiet_dynamo
+@on_cpu
+def test_compiled_marginals_and_their_gradient(backend: str) -> None:
+    torch.compiler.reset()
+
+    def marginals(*scores: Tensor) -> Tensor:
+        return ops.crf_marginals(*scores, backend=backend)  # type: ignore[arg-type, no-any-return]
+
+    scores = chain(3, 4, 3).leaves().scores()
+    upstream = torch.randn(3, 4, 3)
+    got, right = torch.compile(marginals, fullgraph=True, backend="aot_eager")(*scores), marginals(*scores)
+    assert torch.equal(got, right)
+    grads, expected = (torch.autograd.grad(x, scores, upstream) for x in (got, right))
+    for x, y in zip(grads, expected, strict=True):
+        assert_within("gradient", x, y.double().numpy(), 8 * unit(torch.float32) * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("backend", ["numba", "cpp"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_jit_trace(backend: str) -> None:
+    """A trace records the raw op, not the empty tensors that its kernel fills."""
+    problem, other = chain(3, 4, 3), chain(3, 4, 3, seed=1)
+
+    def all_of_it(emissions: Tensor, transitions: Tensor) -> tuple[Tensor, ...]:
+        value = ops.crf_log_partition(emissions, transitions, backend=backend)  # type: ignore[arg-type]
+        return (value, *ops.viterbi(emissions, transitions, backend=backend))  # type: ignore[arg-type]
+
+    traced = torch.jit.trace(all_of_it, (problem.emissions, problem.transitions))
+    for x in (problem, other):
+        got, right = traced(x.emissions, x.transitions), all_of_it(x.emissions, x.transitions)
+        assert all(map(torch.equal, got, right))
+
+
+@quiet_dynamo
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own imports
 def test_compile_with_inductor() -> None:
     torch.compiler.reset()
@@ -384,6 +417,9 @@ def test_batched_and_forward_derivatives_raise(backend: str) -> None:
             with pytest.raises(RuntimeError, match="forward-mode derivatives"):
                 problem.replace(emissions=dual)(unary, backend)
         problem(ops.crf_nll, backend).sum().backward()  # without a tangent all is as usual
+        value = problem(ops.crf_nll, backend)
+        with pytest.raises(RuntimeError, match="forward-mode derivatives"):
+            value.backward(torch.autograd.forward_ad.make_dual(torch.ones(3), torch.ones(3)))
 
 
 BAD: list[tuple[str, Callable[[Chain], Chain], type[Exception], str]] = [
