@@ -244,13 +244,15 @@ def test_tensors_without_memory() -> None:
         emissions, transitions, start, end, tags, mask, lengths = call.chain
         symbolic = Chain(emissions, transitions, start, end, tags, mask, lengths)  # type: ignore[arg-type]
         real = symbolic.replace(**{name: torch.zeros_like(given)})
-        for op in (ops.crf_nll, ops.crf_marginals):
-            assert torch.equal(symbolic(op, "cpp"), real(op, "cpp"))
-        assert torch.equal(symbolic(ops.viterbi, "cpp")[1], real(ops.viterbi, "cpp")[1])
+        for backend in ("numba", "cpp"):
+            for op in (ops.crf_nll, ops.crf_marginals):
+                assert torch.equal(symbolic(op, backend), real(op, backend))
+            assert torch.equal(symbolic(ops.viterbi, backend)[1], real(ops.viterbi, backend)[1])
     problem = chain(3, 4, 5).leaves()
-    value = problem(ops.crf_nll, "cpp")
-    (gradient,) = torch.autograd.grad(value, problem.emissions, torch._efficientzerotensor((3,)))
-    assert torch.equal(gradient, torch.zeros(3, 4, 5))
+    for backend in ("numba", "cpp"):
+        value = problem(ops.crf_nll, backend)
+        (gradient,) = torch.autograd.grad(value, problem.emissions, torch._efficientzerotensor((3,)))
+        assert torch.equal(gradient, torch.zeros(3, 4, 5))
     twice: Any = TwoTensor(problem.emissions.detach(), problem.emissions.detach()).requires_grad_()
     ops.crf_log_partition(twice, problem.transitions).sum().backward()
     assert torch.equal(twice.grad.a, ops.crf_marginals(problem.emissions, problem.transitions))

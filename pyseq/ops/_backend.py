@@ -71,7 +71,7 @@ def device_type(x: Tensor) -> str:
     return "cpu" if x.is_cpu else x.device.type  # the second takes six times as long
 
 
-_VARIABLES: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]  # CPython's, the same since 3.0
+_VARIABLES: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]  # a private of CPython's
 _PYSEQ_BACKEND, _PYSEQ_CHECK = map(os.environ.encodekey, ("PYSEQ_BACKEND", "PYSEQ_CHECK"))
 
 
@@ -107,7 +107,7 @@ def _missing(module: str) -> str:
 
 
 def compiled(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of `pyseq._C`, or `otherwise` where the extension is missing."""
+    """A function of `pyseq._C`, or `otherwise` where the extension is missing or has no such function."""
     if not _missing("pyseq._C"):
         found = getattr(importlib.import_module("pyseq._C"), name, None)
         if found is not None:

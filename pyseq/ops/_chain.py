@@ -122,12 +122,14 @@ def _launch(op: str, backend: str, inputs: Any, *rest: Any) -> None:
     status = launch(*inputs, *rest) if backend == "cpp" else UNFIT
     if status == UNFIT:
         emissions, *others = inputs
+        if any(x is not None and x._is_zerotensor() for x in inputs):
+            raise Unfit(f"{op}: symbolic zeros have no memory")
         if emissions.element_size() == 2 and emissions.is_cpu and backend != "triton":
             emissions = emissions.float()
         others = [None if x is None else x.contiguous() for x in others]
         status = launch(_launchable(emissions), *others, *rest)
         if status == UNFIT:
-            raise Unfit(f"{op}: {backend} cannot take a tensor that passed the checks; please report this call")
+            raise Unfit(f"{op}: {backend} cannot read or write a tensor that passed the checks; was its storage freed?")
     if status in (BAD_TAG, BAD_LENGTH):
         raise_bad_values(*inputs[:7])
 
@@ -243,17 +245,24 @@ class _Marginals(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Optional, ...]:  # type: ignore[override]
         refuse_upstream(upstream)
         chain = ctx.saved_tensors
-        wanted = [i for i in range(4) if ctx.needs_input_grad[i]]
+        if torch.compiler.is_compiling():
+            wanted = [i for i in range(4) if ctx.needs_input_grad[i]]
 
-        def posteriors(*scores: Tensor) -> Tensor:
-            given = dict(enumerate(chain[:4])) | dict(zip(wanted, scores, strict=True))
-            return reference.crf_marginals(given[0], given[1], given[2], given[3], live(chain))
+            def posteriors(*scores: Tensor) -> Tensor:
+                given = dict(enumerate(chain[:4])) | dict(zip(wanted, scores, strict=True))
+                return reference.crf_marginals(given[0], given[1], given[2], given[3], live(chain))
 
-        pull = torch.func.vjp(posteriors, *[chain[i] for i in wanted])[1]  # torch.autograd.grad does not compile here
-        grads: list[Optional] = [None] * 9
-        for i, gradient in zip(wanted, pull(upstream), strict=True):
-            grads[i] = gradient
-        return tuple(grads)
+            grads: list[Optional] = [None] * 9
+            pull = torch.func.vjp(posteriors, *[chain[i] for i in wanted])[1]  # autograd.grad does not compile here
+            for i, gradient in zip(wanted, pull(upstream), strict=True):
+                grads[i] = gradient
+            return tuple(grads)
+        if not torch.is_grad_enabled():
+            chain = *(x if x is None else x.detach().requires_grad_() for x in chain[:4]), *chain[4:]
+        with torch.enable_grad():
+            emissions, transitions, start, end = chain[:4]
+            marginals = reference.crf_marginals(emissions, transitions, start, end, live(chain))
+        return (*_reference_grad(ctx, marginals, chain, upstream), *[None] * 5)
 
 
 def _reference_grad(ctx: Any, value: Tensor, chain: Chain, upstream: Tensor) -> list[Optional]:

@@ -94,12 +94,20 @@ def crf_marginals(
     emissions: Tensor, transitions: Tensor, start: Tensor | None, end: Tensor | None, live: Tensor
 ) -> Tensor:
     """Posterior probability (B, T, K) of each tag: the gradient of log Z in the emissions."""
-    dtype = torch.promote_types(emissions.dtype, torch.float32)
+    scores = emissions.to(torch.promote_types(emissions.dtype, torch.float32))
+    if scores.size(1) == 0:
+        return scores + _zeros(scores, transitions, start, end)[:, None, None]
 
     def total(scores: Tensor) -> Tensor:
         return crf_log_partition(scores, transitions, start, end, live).sum()
 
-    return torch.func.grad(total)(emissions.to(dtype))  # type: ignore[no-any-return]
+    # autograd.grad neither compiles nor takes inference tensors; torch.func does not take saved-tensor hooks
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or emissions.is_inference():
+        return torch.func.grad(total)(scores)  # type: ignore[no-any-return]
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        scores = scores if scores.requires_grad else scores.detach().requires_grad_()
+        return torch.autograd.grad(total(scores), scores, create_graph=differentiable, materialize_grads=True)[0]
 
 
 def viterbi(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -228,6 +229,34 @@ def test_compiled_marginals_and_their_gradient(backend: str) -> None:
     grads, expected = (torch.autograd.grad(x, scores, upstream) for x in (got, right))
     for x, y in zip(grads, expected, strict=True):
         assert_within("gradient", x, y.double().numpy(), 8 * unit(torch.float32) * float(y.abs().max()))
+
+
+@on_cpu
+def test_marginals_in_every_mode(backend: str) -> None:
+    """Under saved-tensor hooks (checkpoints, offloading), in inference mode, and without steps."""
+    problem = chain(2, 3, 3)
+    right = problem(ops.crf_marginals, backend)
+    with torch.inference_mode():
+        lasting = problem.emissions.clone()
+        assert torch.equal(problem(ops.crf_marginals, backend), right)
+    assert torch.equal(problem.replace(emissions=lasting)(ops.crf_marginals, backend), right)
+
+    def penalty(emissions: Tensor) -> Tensor:
+        marginals = problem.replace(emissions=emissions)(ops.crf_marginals, backend)
+        (slope,) = torch.autograd.grad(marginals.square().sum(), emissions, create_graph=True)
+        total: Tensor = marginals.square().sum() + slope.square().sum()
+        return total
+
+    leaf = problem.emissions.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(penalty(leaf), leaf)
+    (again,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(penalty, leaf, use_reentrant=False), leaf)
+    with torch.autograd.graph.save_on_cpu():
+        (offloaded,) = torch.autograd.grad(penalty(leaf), leaf)
+    assert torch.equal(again, plain)
+    assert torch.equal(offloaded, plain)
+    empty = chain(2, 0, 3).leaves()
+    empty(ops.crf_marginals, backend).sum().backward()
+    assert all(x.grad is not None and not x.grad.any() for x in empty.scores())
 
 
 @pytest.mark.parametrize("backend", ["numba", "cpp"])
