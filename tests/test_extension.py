@@ -14,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from pyseq import ops
 from pyseq.kernels.common import NLL, OK, SCORE, UNFIT
 from pyseq.ops import _autograd, _check
-from pyseq.testing import Guarded
+from pyseq.testing import Guarded, launches
 from pyseq.testing.chain import LIVE, Chain, chain
 
 _C: Any = importlib.import_module("pyseq._C")
@@ -191,6 +191,25 @@ def test_only_plain_tensors_pass_unchecked() -> None:
     assert not _C.chain_fits(*call.chain, False)  # tags that nobody asked for
     both = [*call.chain[:6], torch.ones(3, dtype=torch.int64)]
     assert not _C.chain_fits(*both, True)
+
+
+def test_plain_calls_take_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No check in Python, one launch, and the upstream gradient read in C++."""
+    problem = chain(3, 4, 5, live="holes").leaves()
+    statuses: list[int] = []
+
+    def counted(launch: Callable[..., int]) -> Callable[..., int]:
+        def call(*args: Any) -> int:
+            statuses.append(launch(*args))
+            return statuses[-1]
+
+        return call
+
+    for module, name in ((_check, "tensor"), (_check, "as_wanted"), (_autograd, "refuse_upstream")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("the long way"))
+    with launches("chain", "cpp", counted):
+        problem(ops.crf_nll, "cpp").sum().backward()
+    assert statuses == [OK]
 
 
 def test_what_passes_unchecked_would_pass_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
