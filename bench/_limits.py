@@ -70,13 +70,14 @@ def _fastest(call: Callable[[], Any], device: str, seconds: float) -> float:
     return min(time_block(call, device, seconds))
 
 
-def time_block(call: Callable[[], Any], device: str, seconds: float) -> list[float]:
-    """Seconds of each call, repeated for at least `seconds`; between events on the GPU, with the host running ahead."""
+def time_block(call: Callable[[], Any], device: str, seconds: float, least: int = 1) -> list[float]:
+    """Seconds of each call, repeated for at least `seconds` and at least `least` times; on the GPU the time between
+    events, with the host running ahead."""
     begin = time.perf_counter()
     if device == "cpu":
         times: list[float] = []
         now = begin
-        while not times or now - begin < seconds:
+        while len(times) < least or now - begin < seconds:
             before = time.perf_counter()
             call()
             now = time.perf_counter()
@@ -84,7 +85,7 @@ def time_block(call: Callable[[], Any], device: str, seconds: float) -> list[flo
         return times
     events = [torch.cuda.Event(enable_timing=True)]
     events[0].record()
-    while len(events) == 1 or time.perf_counter() - begin < seconds:
+    while len(events) <= least or time.perf_counter() - begin < seconds:
         call()
         events.append(torch.cuda.Event(enable_timing=True))
         events[-1].record()

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import itertools
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -166,6 +167,18 @@ def test_slow_contenders_meet_the_baseline(bench: Any) -> None:
         assert len(rounds[2]) == 3
         assert len(rounds[3]) == 1
         assert all(a >= b for a, b in itertools.pairwise(rounds))
+
+
+def test_a_stall_does_not_decide_a_round(bench: Any) -> None:
+    runner = importlib.import_module("_runner")
+    stalls = iter([0.0, 3 * runner.BLOCK, 0.0, 0.0])  # the first is the call before the clock
+    contender = runner.Contender(lambda: time.sleep(next(stalls, 0.0)), runner.BLOCK / 2, False)
+    contender.run_round(0, "cpu")
+    assert len(contender.times[0]) == 3
+    assert statistics.median(contender.times[0]) < runner.BLOCK
+    dear = runner.Contender(lambda: time.sleep(2 * runner.BLOCK), 20 * runner.BLOCK, False)
+    dear.run_round(0, "cpu")
+    assert len(dear.times[0]) == 1
 
 
 def test_caps_end_a_call_that_takes_too_long(bench: Any) -> None:
