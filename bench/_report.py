@@ -85,9 +85,10 @@ def read(path: Path) -> list[Row]:
 
 
 def upsert(path: Path, rows: Iterable[Row]) -> None:
-    """Replace the lines of the same provider, case, machine and settings; keep the others in their order."""
-    old = [flat(row) for row in read(path)] if path.exists() else []
-    lines = {tuple(line[k] for k in KEY): line for line in [*old, *map(flat, rows)]}
+    """Put these first, in place of the lines of the same provider, case, machine and settings; then the others."""
+    new = {tuple(line[k] for k in KEY): line for line in map(flat, rows)}
+    old = {tuple(line[k] for k in KEY): line for line in map(flat, read(path))} if path.exists() else {}
+    lines = {**new, **{key: line for key, line in old.items() if key not in new}}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         columns = dict.fromkeys(name for line in lines.values() for name in line)

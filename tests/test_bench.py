@@ -215,7 +215,7 @@ def row(**values: Any) -> Any:
     return replace(first, **{"where": where, **times, **ratios, **values})
 
 
-def test_upsert_replaces_its_own_lines_only(bench: Any, tmp_path: Path) -> None:
+def test_new_lines_come_first_and_replace_their_own_only(bench: Any, tmp_path: Path) -> None:
     report = importlib.import_module("_report")
     path = tmp_path / "new" / "out.csv"
     old = [row(provider="peer", ratio=1.0), row(), row(where={**row().where, "threads": "1"})]
@@ -224,10 +224,10 @@ def test_upsert_replaces_its_own_lines_only(bench: Any, tmp_path: Path) -> None:
     report.upsert(path, [row(median=2e-3), row(workload="large", status="did not finish: over 1 s a call")])
     found = report.read(path)
     assert [(r.provider, r.workload, r.where["threads"], r.median) for r in found] == [
-        ("peer", "small", "2", 1e-3),
         ("ours", "small", "2", 2e-3),
-        ("ours", "small", "1", 1e-3),
         ("ours", "large", "2", 1e-3),
+        ("peer", "small", "2", 1e-3),
+        ("ours", "small", "1", 1e-3),
     ]
 
 
