@@ -298,6 +298,7 @@ ROOM = Room(
     unit="tokens",
     baseline="pytorch-crf",
     objection=(
+        "Lengths are uniform between T / 2 and T. "
         "pytorch-crf is a Python loop over time, so a large ratio to it is easy to reach. Read the times beside "
         "F.cross_entropy, a cheaper loss on the same logits, and beside the limit of the machine: those bars are high. "
         "An empty autograd.Function with a CRF's arguments and gradients shows what torch takes for itself. "

@@ -66,10 +66,22 @@ static bool underflowed(
   return false;
 }
 
+// The largest score of a path's first step. Longer parts may have larger ones, so it is a lower bound of their size.
+template <class T> static double first_size(const ChainArgs<T>& args, const Row& row) {
+  const T* f = args.emissions + row.index * args.stride_batch + row.step(0) * args.stride_time;
+  double size = 0;
+  for (int64_t j = 0; j < args.tags; ++j) {
+    const double score = __builtin_fabs(double(f[j]) + (args.start ? double(args.start[j]) : 0.0));
+    if (score > size && score < __builtin_inf()) size = score;
+  }
+  return size;
+}
+
 // log Z of a row whose last step holds `last`, -inf where no path is feasible, and whether to do the row again.
 template <class T, class C>
 static double close_row(
-    const ChainTables<C>& tables, const Row& row, const C* last, int64_t across, int64_t power, bool& flagged) {
+    const ChainArgs<T>& args, const ChainTables<C>& tables, const Row& row, const C* last, int64_t across, int64_t power,
+    bool& flagged) {
   double total = 0, mass = 0;
   for (int64_t j = 0; j < tables.tags; ++j) {
     mass += double(last[j * across]);
@@ -79,11 +91,11 @@ static double close_row(
   const double log_z = power * 0.69314718055994530942 + __builtin_log(total) + (row.length - 1) * tables.top + tables.start_top +
                        tables.end_top;
   flagged |= !(total >= double(kTiny<C>));
-  if (sizeof(C) < sizeof(double)) {  // worst-case rounding of the sweep against what the contract allows
-    const int64_t tags = tables.tags, inner = tags < kChunk ? tags : kChunk, middle = (tags < kSuper ? tags : kSuper) / kChunk;
-    const double roundings = double(inner + middle + tags / kSuper + 4);
-    flagged |= !(row.length * roundings <= 7.0 * __builtin_fabs(log_z));
-  }
+  // Worst-case rounding of the sweep against what the contract allows, both in units of 2^-24.
+  const int64_t tags = tables.tags, inner = tags < kChunk ? tags : kChunk, middle = (tags < kSuper ? tags : kSuper) / kChunk;
+  const double unit = sizeof(C) < sizeof(double) ? 1.0 : 0x1p-29, size = __builtin_fabs(log_z);
+  const double roundings = unit * double(row.length) * double(inner + middle + tags / kSuper + 4);
+  if (!(roundings <= 7.0 * size)) flagged |= sizeof(C) < sizeof(double) || !(roundings <= 7.0 * first_size(args, row));
   return log_z;
 }
 

@@ -297,7 +297,7 @@ static void lanes_forward_backward(
     const C* tape = (const C*)a + r;
     out.flagged[r] = row.done || state.flagged[r];
     if (state.suspect[r] >= 0) out.flagged[r] |= underflowed<T, C>(args, row, tape, tags * L, L, state.suspect[r], reached);
-    log_z[r] = close_row<T>(tables, row, tape + (row.length - 1) * tags * L, L, power[r], out.flagged[r]);
+    log_z[r] = close_row(args, tables, row, tape + (row.length - 1) * tags * L, L, power[r], out.flagged[r]);
     served[r] = out.flagged[r] || log_z[r] == -__builtin_inf() ? 0 : -1;
   }
 

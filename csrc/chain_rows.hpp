@@ -312,7 +312,7 @@ static void rows_forward_backward(
     const C* last = a + (row.length - 1) * stride + r * padded;
     out.flagged[r] = row.done || state[r].flagged ||
                      (state[r].suspect >= 0 && underflowed<T, C>(args, row, a + r * padded, stride, 1, state[r].suspect, reached));
-    log_z[r] = close_row<T>(tables, row, last, 1, state[r].power, out.flagged[r]);
+    log_z[r] = close_row(args, tables, row, last, 1, state[r].power, out.flagged[r]);
     served[r] = !out.flagged[r] && log_z[r] != -__builtin_inf();
   }
 

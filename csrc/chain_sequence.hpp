@@ -121,36 +121,98 @@ template <class T> struct Chain {
     last[label(row, row.length - 1)] += factor;
   }
 
+  // Whether everything that the row reads is a score, which NaN and +inf are not.
+  bool scored(const Row& row) const {
+    const auto all = [](const T* x, int64_t size) {
+      bool good = true;
+      for (int64_t i = 0; x && i < size; ++i) good &= x[i] < std::numeric_limits<T>::infinity();
+      return good;
+    };
+    bool good = all(args.start, args.tags) && all(args.end, args.tags);
+    good = good && (row.length < 2 || all(args.transitions, args.tags * args.tags));
+    for (int64_t k = 0; good && k < row.length; ++k) good = all(emission(row, k), args.tags);
+    return good;
+  }
+
+  // Whether some feasible path goes through each tag of each step, (length, tags). Scores of the others count nowhere.
+  std::vector<uint8_t> crossed(const Row& row) const {
+    const int64_t n = row.length, tags = args.tags;
+    std::vector<uint8_t> on(n * tags);
+    const auto leads = [&](int64_t k, int64_t i, int64_t j) { return on[k * tags + i] && transition(i, j) > -kInf; };
+    for (int64_t k = 0; k < n; ++k)
+      for (int64_t j = 0; j < tags; ++j) {
+        bool possible = k == 0 && start(j) > -kInf;
+        for (int64_t i = 0; k && i < tags && !possible; ++i) possible = leads(k - 1, i, j);
+        on[k * tags + j] = possible && double(emission(row, k)[j]) > -kInf;
+      }
+    for (int64_t k = n - 1; k >= 0; --k)
+      for (int64_t i = 0; i < tags; ++i) {
+        if (!on[k * tags + i]) continue;
+        bool possible = k == n - 1 && end(i) > -kInf;
+        for (int64_t j = 0; k < n - 1 && j < tags && !possible; ++j) possible = on[(k + 1) * tags + j] && leads(k, i, j);
+        on[k * tags + i] = possible;
+      }
+    return on;
+  }
+
   // Forward-backward in the log domain, the maximum taken for each destination: nothing underflows. Scores count from the
-  // largest of their kind, every step from its own, and probabilities are divided by their sum, so that neither the size
-  // of the scores nor a step that only huge scores cross shows in a posterior.
+  // largest of their kind on a feasible path, every step from its own, and probabilities are divided by their sum, so that
+  // neither the size of the scores nor a step that only huge scores cross shows in a posterior.
   void sweep_in_logs(const Row& row, double* counts, double* first, double* last) const {
     const int64_t n = row.length, tags = args.tags;
-    const double top = top_of(args.transitions, tags * tags), start_top = args.start ? top_of(args.start, tags) : 0.0,
-                 end_top = args.end ? top_of(args.end, tags) : 0.0;
+    if (!scored(row)) {
+      args.value[row.index] = T(kNaN);
+      if (!args.grads()) return;
+      for (int64_t k = 0; k < n; ++k) std::fill_n(gradient(row, row.step(k)), tags, T(kNaN));
+      if (n > 1) std::fill_n(counts, tags * tags, kNaN);
+      std::fill_n(first, tags, kNaN);
+      std::fill_n(last, tags, kNaN);
+      return;
+    }
+    const std::vector<uint8_t> crossing = crossed(row);
+    const auto on = [&](int64_t k, int64_t j) { return crossing[k * tags + j] != 0; };
+    const auto top_at = [&](int64_t k) {  // the largest score of step k, and below on the way into it, n for the end
+      double top = -kInf;
+      for (int64_t j = 0; j < tags; ++j)
+        if (on(k, j)) top = std::max(top, double(emission(row, k)[j]));
+      return top > -kInf ? top : 0.0;
+    };
+    const auto top_into = [&](int64_t k) {
+      double top = -kInf;
+      for (int64_t j = 0; j < tags; ++j) {
+        if (k == 0 && on(0, j)) top = std::max(top, start(j));
+        if (k == n && on(n - 1, j)) top = std::max(top, end(j));
+        for (int64_t i = 0; 0 < k && k < n && on(k, j) && i < tags; ++i)
+          if (on(k - 1, i)) top = std::max(top, transition(i, j));
+      }
+      return top > -kInf ? top : 0.0;
+    };
     std::vector<double> alpha(n * tags), beta(tags), before(tags), terms(tags), shares;
+    const double end_top = top_into(n);
     double offset = 0;
     for (int64_t k = 0; k < n; ++k) {
       double* now = &alpha[k * tags];
       const T* f = emission(row, k);
-      const double f_top = top_of(f, tags);
+      const double f_top = top_at(k), top = top_into(k);
       for (int64_t j = 0; j < tags; ++j) {
-        double from = start(j) - start_top;
+        now[j] = -kInf;
+        if (!on(k, j)) continue;
+        double from = start(j) - top;
         if (k) {
-          for (int64_t i = 0; i < tags; ++i) terms[i] = now[i - tags] + (transition(i, j) - top);
+          for (int64_t i = 0; i < tags; ++i) terms[i] = on(k - 1, i) ? now[i - tags] + (transition(i, j) - top) : -kInf;
           from = log_sum(terms);
         }
         now[j] = from + (double(f[j]) - f_top);
       }
-      offset += f_top + (k ? top : start_top) + bring_to_zero(now, tags);
+      offset += f_top + top + bring_to_zero(now, tags);
     }
-    for (int64_t j = 0; j < tags; ++j) terms[j] = alpha[(n - 1) * tags + j] + (end(j) - end_top);
+    for (int64_t j = 0; j < tags; ++j) beta[j] = on(n - 1, j) ? end(j) - end_top : -kInf;
+    for (int64_t j = 0; j < tags; ++j) terms[j] = alpha[(n - 1) * tags + j] + beta[j];
     const double log_z = offset + end_top + log_sum(terms), nll = log_z - row.score;
     args.value[row.index] = T(args.kind == kPartition ? log_z : nll < 0 ? 0.0 : nll);
     if (!args.grads()) return;
     const bool none = log_z == -kInf;
     const double w = args.weight(row);
-    for (int64_t j = 0; j < tags; ++j) beta[j] = end(j) - end_top;
     for (int64_t k = n - 1; k >= 0; --k) {
       T* g = gradient(row, row.step(k));
       for (int64_t j = 0; j < tags; ++j) terms[j] = alpha[k * tags + j] + beta[j];
@@ -163,14 +225,18 @@ template <class T> struct Chain {
       }
       if (k == 0 || none) continue;
       const T* f = emission(row, k);
-      const double f_top = top_of(f, tags);
+      const double f_top = top_at(k), top = top_into(k);
       const auto leave = [&](int64_t i) {
-        for (int64_t j = 0; j < tags; ++j) terms[j] = (transition(i, j) - top) + (double(f[j]) - f_top) + beta[j];
+        for (int64_t j = 0; j < tags; ++j)
+          terms[j] = on(k, j) ? (transition(i, j) - top) + (double(f[j]) - f_top) + beta[j] : -kInf;
       };
-      shares.assign(&alpha[(k - 1) * tags], &alpha[k * tags]);
+      shares.assign(tags, 0);
       for (int64_t i = 0; i < tags; ++i) {
+        before[i] = shares[i] = -kInf;
+        if (!on(k - 1, i)) continue;
         leave(i);
-        shares[i] += before[i] = log_sum(terms);
+        before[i] = log_sum(terms);
+        shares[i] = alpha[(k - 1) * tags + i] + before[i];
       }
       to_probabilities(shares);
       for (int64_t i = 0; i < tags; ++i) {

@@ -236,10 +236,12 @@ def shares(b_x):
 
 
 @triton.jit
-def from_largest(b_x):
-    """x less its maximum, where that is finite: what a step adds for all tags alike is not to cost digits."""
-    top = tl.max(b_x, 0)
-    return b_x - tl.where(tl.abs(top) < float("inf"), top, 0.0)
+def with_largest(b_x, b_f):
+    """x plus a step's scores less their maximum, where that is finite: what a step adds for all tags alike is not to
+    cost digits. Tags whose x is -inf have no say in it."""
+    b_f = tl.where(b_x == NEG_INF, NEG_INF, b_f)
+    top = tl.max(b_f, 0)
+    return b_x + (b_f - tl.where(tl.abs(top) < float("inf"), top, 0.0))
 
 
 @triton.jit

@@ -16,7 +16,6 @@ from pyseq.kernels.chain._triton import (
     PER_CALL,
     counted,
     exponent,
-    from_largest,
     load_row,
     load_vector,
     log_product,
@@ -28,6 +27,7 @@ from pyseq.kernels.chain._triton import (
     split,
     step_time,
     tagged,
+    with_largest,
 )
 
 
@@ -85,12 +85,22 @@ def _backward_log(
     """Marginals in the log domain; tape and right become logs with log xi_k = tape_{k-1}(i) + g(i, j) + right_k(j)."""
     PAIR: constexpr = p_low is not None  # float64 numbers as two float32
     o = tl.arange(0, KP)
-    t = step_time(p_steps, 0, n)
-    b_alpha = load_vector(p_start, o, K, tl.float64) + from_largest(load_row(p_f + t * s_t, o, K, tl.float64))
+    b_on = load_vector(p_end, o, K, tl.float64)  # first, whether a path goes on from each tag to the end: 0 or -inf
+    for i in range(0, n):
+        k = n - 1 - i
+        if i > 0:
+            b_on = log_product(b_on, p_row, p_transitions, 1, K, K, KP, BL)
+        b_f = load_row(p_f + step_time(p_steps, k, n) * s_t, o, K, tl.float64)
+        b_on = tl.where((b_on > NEG_INF) & (b_f > NEG_INF), tl.zeros([KP], tl.float64), NEG_INF)
+        tl.store(p_right + long(k) * K + o, b_on.to(p_right.dtype.element_ty), mask=o < K)
+    tl.debug_barrier()
+    b_alpha = load_vector(p_start, o, K, tl.float64)
     for k in range(0, n):
         if k > 0:
-            b_f = from_largest(load_row(p_f + step_time(p_steps, k, n) * s_t, o, K, tl.float64))
-            b_alpha = b_f + log_product(b_alpha, p_row, p_transitions, K, 1, K, KP, BL)
+            b_alpha = log_product(b_alpha, p_row, p_transitions, K, 1, K, KP, BL)
+        b_on = load_row(p_right + long(k) * K, o, K, tl.float64)
+        b_f = load_row(p_f + step_time(p_steps, k, n) * s_t, o, K, tl.float64)
+        b_alpha = with_largest(tl.where(b_on == NEG_INF, NEG_INF, b_alpha), b_f)
         top = tl.max(b_alpha, 0)
         b_alpha = tl.where(b_alpha == NEG_INF, NEG_INF, b_alpha - tl.where(top == NEG_INF, 0.0, top))
         b_high = b_alpha.to(p_tape.dtype.element_ty)
@@ -100,7 +110,7 @@ def _backward_log(
             b_low = tl.where(b_alpha == NEG_INF, 0.0, b_alpha - b_high.to(tl.float64))
             tl.store(p_low + at, b_low.to(tl.float32), mask=o < K)
     tl.debug_barrier()
-    b_beta = load_vector(p_end, o, K, tl.float64)
+    b_beta = tl.where(b_alpha == NEG_INF, NEG_INF, load_vector(p_end, o, K, tl.float64))
     b_mu, z = shares(b_alpha + b_beta)
     b_beta = b_beta - z
     t = step_time(p_steps, n - 1, n)
@@ -108,7 +118,7 @@ def _backward_log(
     for i in range(0, n - 1):
         k = n - 1 - i
         _put(p_grad + t * g_t, b_mu, p_tags, t, w, o, K, KIND)
-        b_c = b_beta + from_largest(load_row(p_f + t * s_t, o, K, tl.float64))
+        b_c = with_largest(b_beta, load_row(p_f + t * s_t, o, K, tl.float64))
         b_beta = log_product(b_c, p_row, p_transitions, 1, K, K, KP, BL)
         at = long(k - 1) * K + o
         b_alpha = tl.load(p_tape + at, mask=o < K, other=NEG_INF).to(tl.float64)

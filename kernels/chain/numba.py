@@ -98,6 +98,17 @@ def _gold_counts(tags, steps, n, weight, g_em, counts, g_start, g_end):
 
 
 @njit(**_JIT)
+def _lose(steps, n, g_em, pairs, g_start, g_end):
+    """NaN in all that a sequence reads."""
+    for k in range(n):
+        g_em[steps[k]] = np.nan
+    if n > 1:
+        pairs[:] = np.nan
+    g_start[:] = np.nan
+    g_end[:] = np.nan
+
+
+@njit(**_JIT)
 def _underflowed(a, f, transitions, start, steps, last, num_tags):
     """Whether a state that some path reaches holds 0 at a step up to `last`, as only unreachable states should."""
     reached = np.empty(num_tags, np.bool_)
@@ -122,7 +133,8 @@ def _forward(f, weights_in, start, steps, n, num_tags, a, u):
     """Fill a (n, P) with scaled forward vectors and u (n, P) so that a[k] = (a[k-1] @ E) * u[k].
 
     Returns the sum of the logs of the scales, without the n - 1 maxima of the transitions; whether no state fell below
-    _TINY but to 0; and the last step at which a state that holds 0 may hide too much, or -1.
+    _TINY but to 0 and no score was NaN or +inf; and the last step at which a state that holds 0 may hide too much, or
+    -1.
     """
     padded = a.shape[1]
     log_scale = 0.0
@@ -151,6 +163,7 @@ def _forward(f, weights_in, start, steps, n, num_tags, a, u):
             shift = -_INF  # of the states that are held: another may have any score
             for j in range(num_tags):
                 shift = max(shift, step[j] if now[j] > 0.0 else -_INF)
+                clean &= step[j] < _INF
             shift = shift if shift > -_INF else 0.0
             log_scale += shift
         top = 0.0
@@ -184,6 +197,17 @@ def _forward(f, weights_in, start, steps, n, num_tags, a, u):
             now[j] *= scale
             step[j] *= scale
     return log_scale - math.log(scales), clean, suspect
+
+
+@njit(**_JIT)
+def _certified(roundings, log_z, f, start):
+    """Whether so many roundings are what the contract allows beside log Z or the largest score of a first step f."""
+    size = abs(log_z)
+    if not roundings * 2.0**-29 <= 7.0 * size:
+        for j in range(len(f)):
+            score = abs(np.float64(f[j]) + np.float64(start[j]))
+            size = max(size, score if score < _INF else 0.0)
+    return roundings * 2.0**-29 <= 7.0 * size
 
 
 @njit(**_JIT)
@@ -240,18 +264,10 @@ def _log_sum(terms):
 
 
 @njit(**_JIT)
-def _top(x):
-    """The largest number, 0 where there is none or it is infinite."""
-    top = -_INF
-    for v in x.flat:
-        top = max(top, np.float64(v)) if v == v else top
-    return top if abs(top) < _INF else 0.0
-
-
-@njit(**_JIT)
 def _bring_to_zero(x):
     """Subtract the largest and return it; 0 where there is none."""
-    top = _top(x)
+    top = x.max()
+    top = top if abs(top) < _INF else 0.0
     x -= top
     return top
 
@@ -269,38 +285,93 @@ def _to_probabilities(x):
 
 
 @njit(**_JIT)
-def _log_forward(f, transitions, start, end, steps, n, num_tags, alpha):
-    """log Z by the plain recursion, scores counted from the largest of their kind; alpha (n, P) filled, every step
-    brought to a maximum of 0."""
+def _scored(f, transitions, start, end, steps, n):
+    """Whether everything that the sequence reads is a score, which NaN and +inf are not."""
+    good = np.all(start < _INF) and np.all(end < _INF) and (n < 2 or np.all(transitions < _INF))
+    for k in range(n):
+        good = good and np.all(f[steps[k]] < _INF)
+    return good
+
+
+@njit(**_JIT)
+def _crossed(f, transitions, start, end, steps, n, num_tags):
+    """Whether some feasible path goes through each tag of each step, (n, K). Scores of the others count nowhere."""
+    on = np.zeros((n, num_tags), np.bool_)
+    for k in range(n):
+        for j in range(num_tags):
+            possible = k == 0 and start[j] > -_INF
+            if k > 0:
+                for i in range(num_tags):
+                    possible |= on[k - 1, i] and transitions[i, j] > -_INF
+            on[k, j] = possible and f[steps[k], j] > -_INF
+    for k in range(n - 1, -1, -1):
+        for i in range(num_tags):
+            possible = k == n - 1 and end[i] > -_INF
+            if k < n - 1:
+                for j in range(num_tags):
+                    possible |= on[k + 1, j] and transitions[i, j] > -_INF
+            on[k, i] &= possible
+    return on
+
+
+@njit(**_JIT)
+def _top(x, on):
+    """The largest of the scores that are on, 0 where there is none."""
+    top = -_INF
+    for j in range(len(on)):
+        if on[j]:
+            top = max(top, np.float64(x[j]))
+    return top if top > -_INF else 0.0
+
+
+@njit(**_JIT)
+def _top_into(transitions, on, k):
+    """The largest transition on a feasible path into step k, 0 where there is none."""
+    top = -_INF
+    for i in range(on.shape[1]):
+        for j in range(on.shape[1]):
+            if on[k - 1, i] and on[k, j]:
+                top = max(top, np.float64(transitions[i, j]))
+    return top if top > -_INF else 0.0
+
+
+@njit(**_JIT)
+def _log_forward(f, transitions, start, end, steps, n, num_tags, on, alpha):
+    """log Z by the plain recursion, scores counted from the largest of their kind on a feasible path; alpha (n, P)
+    filled, every step brought to a maximum of 0."""
     terms = np.empty(num_tags)
-    top, start_top, end_top = _top(transitions), _top(start), _top(end)
     offset = 0.0
     for k in range(n):
-        f_top = _top(f[steps[k]])
+        f_top = _top(f[steps[k]], on[k])
+        top = _top_into(transitions, on, k) if k else _top(start, on[0])
         for j in range(num_tags):
-            if k == 0:
-                alpha[k, j] = (np.float64(start[j]) - start_top) + (np.float64(f[steps[k], j]) - f_top)
+            alpha[k, j] = -_INF
+            if not on[k, j]:
                 continue
-            for i in range(num_tags):
-                terms[i] = alpha[k - 1, i] + (np.float64(transitions[i, j]) - top)
-            alpha[k, j] = (np.float64(f[steps[k], j]) - f_top) + _log_sum(terms)
-        offset += f_top + (top if k else start_top) + _bring_to_zero(alpha[k, :num_tags])
+            into = np.float64(start[j]) - top
+            if k > 0:
+                for i in range(num_tags):
+                    terms[i] = alpha[k - 1, i] + (np.float64(transitions[i, j]) - top) if on[k - 1, i] else -_INF
+                into = _log_sum(terms)
+            alpha[k, j] = (np.float64(f[steps[k], j]) - f_top) + into
+        offset += f_top + top + _bring_to_zero(alpha[k, :num_tags])
+    end_top = _top(end, on[n - 1])
     for j in range(num_tags):
-        terms[j] = alpha[n - 1, j] + (np.float64(end[j]) - end_top)
+        terms[j] = alpha[n - 1, j] + (np.float64(end[j]) - end_top) if on[n - 1, j] else -_INF
     return offset + end_top + _log_sum(terms)
 
 
 @njit(**_JIT)
-def _log_backward(f, transitions, end, steps, n, num_tags, alpha, weight, g_em, pairs, g_start, g_end):
+def _log_backward(f, transitions, end, steps, n, num_tags, on, alpha, weight, g_em, pairs, g_start, g_end):
     """Add the weighted expected counts by the plain recursion, probabilities divided by their sum: neither the size of
     the scores nor a step that only huge scores cross shows in a posterior."""
     beta = np.empty(num_tags)
     before = np.empty(num_tags)
     terms = np.empty(num_tags)
     later = np.empty((num_tags, num_tags))
-    top, end_top = _top(transitions), _top(end)
+    end_top = _top(end, on[n - 1])
     for j in range(num_tags):
-        beta[j] = np.float64(end[j]) - end_top
+        beta[j] = np.float64(end[j]) - end_top if on[n - 1, j] else -_INF
     for k in range(n - 1, -1, -1):
         for j in range(num_tags):
             terms[j] = alpha[k, j] + beta[j]
@@ -314,11 +385,11 @@ def _log_backward(f, transitions, end, steps, n, num_tags, alpha, weight, g_em, 
                 g_start[j] += share
         if k == 0:
             break
-        f_top = _top(f[steps[k]])
+        f_top, top = _top(f[steps[k]], on[k]), _top_into(transitions, on, k)
         for i in range(num_tags):
             for j in range(num_tags):
-                score = np.float64(transitions[i, j]) - top
-                later[i, j] = score + (np.float64(f[steps[k], j]) - f_top) + beta[j]
+                score = (np.float64(transitions[i, j]) - top) + (np.float64(f[steps[k], j]) - f_top)
+                later[i, j] = score + beta[j] if on[k - 1, i] and on[k, j] else -_INF
             before[i] = _log_sum(later[i])
             terms[i] = alpha[k - 1, i] + before[i]
             _to_probabilities(later[i])
@@ -406,11 +477,7 @@ def _crf(
         if lost:
             value[b] = np.nan
             if with_grad:
-                for k in range(n):
-                    g_em[b, steps[k]] = np.nan
-                pairs[:] = np.nan
-                sum_start[:] = np.nan
-                sum_end[:] = np.nan
+                _lose(steps, n, g_em[b], pairs, sum_start, sum_end)
             continue
         value[b] = 0.0
         if n == 0:
@@ -438,14 +505,22 @@ def _crf(
                 total += a[n - 1, j] * end_weights[j]
             slow |= not total >= _TINY
             log_z = log_scale + (n - 1) * top + math.log(total) + end_top
+            slow |= not _certified(n * (num_tags + 8.0), log_z, f[steps[0]], start)
             if with_grad and not slow:
                 slow = not _backward(
                     a, u, weights_out, end_weights, steps, n, num_tags, weight, g_em[b], counts, sum_start, sum_end
                 )
         if slow:
-            log_z = _log_forward(f, transitions, start, end, steps, n, num_tags, a)
-            if with_grad and log_z != -_INF:
-                _log_backward(f, transitions, end, steps, n, num_tags, a, weight, g_em[b], pairs, sum_start, sum_end)
+            if _scored(f, transitions, start, end, steps, n):
+                on = _crossed(f, transitions, start, end, steps, n, num_tags)
+                log_z = _log_forward(f, transitions, start, end, steps, n, num_tags, on, a)
+                if with_grad and log_z != -_INF:
+                    grads = g_em[b], pairs, sum_start, sum_end
+                    _log_backward(f, transitions, end, steps, n, num_tags, on, a, weight, *grads)
+            else:
+                log_z = np.nan
+                if with_grad:
+                    _lose(steps, n, g_em[b], pairs, sum_start, sum_end)
         paths[b] = slow
         if kind == PARTITION:
             value[b] = log_z
@@ -456,7 +531,7 @@ def _crf(
     if with_grad:
         for i in range(num_tags):
             for j in range(num_tags):
-                g_tr[i, j] = pairs[i, j] + counts[i, j] * weights_out[i, j]
+                g_tr[i, j] = pairs[i, j] + (counts[i, j] * weights_out[i, j] if usable else 0.0)
             g_start[i] = sum_start[i]
             g_end[i] = sum_end[i]
     return OK

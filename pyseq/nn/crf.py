@@ -100,8 +100,10 @@ class CRF(nn.Module):
         self._validate(emissions, tags, mask, tagged=True)
         if reduction not in ("none", "sum", "mean", "token_mean"):
             raise ValueError(f"invalid reduction: {reduction}")
-        if not isinstance(ignore_index, int):
+        if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
             raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+        if not -(2**63) <= ignore_index < 2**63:
+            raise ValueError(f"ignore_index must be a number that a tag can be, of 64 bits, got {ignore_index}")
         if not self.batch_first:
             tags = tags.transpose(0, 1)
         emissions, transitions, start, end, mask = self._chain(emissions, mask)
@@ -225,6 +227,9 @@ def crf_parameter_groups(model: nn.Module, lr: float, multiplier: float = 100.0)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not its parameters, got {type(model).__name__}")
+    for name, rate in (("lr", lr), ("multiplier", multiplier)):
+        if not isinstance(rate, (int, float, Tensor)):
+            raise TypeError(f"{name} must be a number, got {rate!r}")
     crfs = [module for module in model.modules() if isinstance(module, CRF)]
     if not crfs:
         raise ValueError(f"{type(model).__name__} contains no pyseq.nn.CRF; pass the model that holds it")

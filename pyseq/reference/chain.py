@@ -43,12 +43,15 @@ def crf_log_partition(
     begun = torch.zeros(batch, dtype=torch.bool, device=emissions.device)
     alpha = emissions.new_zeros(batch, tags)
     for t in range(time):
-        first = emissions[:, t] if start is None else _scores(start) + emissions[:, t]
-        later = emissions[:, t] + _logsumexp(alpha.unsqueeze(2) + transitions, 1)  # LSE over [B, K, K]
         here = live[:, t]
+        first = emissions[:, t] if start is None else _scores(start) + emissions[:, t]
+        joined = (here & begun)[:, None, None]  # a NaN that nobody reads stays out of the gradient
+        later = emissions[:, t] + _logsumexp(torch.where(joined, alpha.unsqueeze(2) + transitions, 0.0), 1)  # [B, K, K]
         alpha = torch.where(here.unsqueeze(1), torch.where(begun.unsqueeze(1), later, first), alpha)
         begun = begun | here
-    total = _logsumexp(alpha if end is None else alpha + _scores(end), 1)
+    if end is not None:
+        alpha = torch.where(begun.unsqueeze(1), alpha + _scores(end), alpha)
+    total = _logsumexp(alpha, 1)
     return torch.where(begun, total, 0.0)
 
 

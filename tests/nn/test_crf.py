@@ -403,8 +403,11 @@ class TestIgnoredLabels:
         for method in (crf, crf.nll):
             with pytest.raises(ValueError, match=r"got -100 for sequence 0, step 1; .* `ignored`"):
                 method(emissions, tags, mask)
-            with pytest.raises(TypeError, match="ignore_index must be an int, got None"):
-                method(emissions, tags, mask, ignore_index=None)  # type: ignore[arg-type]
+            for wrong in (None, True):
+                with pytest.raises(TypeError, match=f"ignore_index must be an int, got {wrong}"):
+                    method(emissions, tags, mask, ignore_index=wrong)  # type: ignore[arg-type]
+            with pytest.raises(ValueError, match="ignore_index must be a number that a tag can be"):
+                method(emissions, tags, mask, ignore_index=2**63, ignored="absent")
             with pytest.raises(ValueError, match="ignored must be None, 'absent' or 'unknown', got 'maybe'"):
                 method(emissions, tags, mask, ignored="maybe")  # type: ignore[arg-type]
 
@@ -848,6 +851,8 @@ class TestParameterGroups:
             crf_parameter_groups(nn.Linear(2, 2), 1e-5)
         with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, not its parameters, got generator"):
             crf_parameter_groups(nn.Linear(2, 2).parameters(), 1e-5)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="lr must be a number, got 'a'"):
+            crf_parameter_groups(CRF(2), "a")  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("num_tags", ["4", 4.0, True, None, torch.tensor(3.0)])
     def test_num_tags_must_be_an_integer(self, num_tags: int) -> None:

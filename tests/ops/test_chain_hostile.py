@@ -58,7 +58,7 @@ def left_to_right() -> Chain:
 def unreachable(steps: int, up: float = 100.0, batch: int = 1) -> Chain:
     """A tag that no path reaches gains at every step; seen backwards, its weight grows without bound."""
     rows = [[[0, up]] * steps] * batch
-    return path_chain(*rows, transitions=[[0, NEG_INF], [0, 0]], start=[0, NEG_INF])
+    return path_chain(*rows, transitions=[[0, NEG_INF], [0, 0]], start=[1, NEG_INF])
 
 
 def valley() -> Chain:
@@ -100,8 +100,8 @@ HOSTILE: dict[str, tuple[Callable[[], Chain], float | None, int, int]] = {
     "95 down": (lambda: regains(95, 25, 4), math.log(math.exp(5) + 96), 1, 0),
     "100 down": (lambda: regains(100, 50, 3), 50 + math.log1p(48 * math.exp(-50)), 1, 0),
     "left to right": (left_to_right, math.log(math.comb(39, 5)) - 150, 1, 0),
-    "unreachable": (lambda: unreachable(3), 0.0, 1, 0),
-    "unreachable, long": (lambda: unreachable(12), 0.0, 1, 0),
+    "unreachable": (lambda: unreachable(3), 1.0, 1, 0),
+    "unreachable, long": (lambda: unreachable(12), 1.0, 1, 0),
     "valley": (valley, 10 + math.log1p(math.exp(-10)), 1, 0),
     "deep valley": (lambda: valley().map(lambda x: x * 6 if x.is_floating_point() else x), 60.0, 2, 1),
     "faint product": (faint_product, 160.0, 1, 0),
@@ -216,6 +216,48 @@ def test_unreachable_tag_at_the_edge_of_a_format(total: float, target: Any) -> N
         check(Known(here), target, target.kinds)
 
 
+@functools.cache
+def idle_giant(where: str, size: float) -> Known:
+    """A score far beyond all others, of a tag that no feasible path takes: nothing leads there, or nothing from it."""
+    problem = chain(2, 4, 4, seed=21, scale=2.0)
+    assert problem.start is not None
+    assert problem.end is not None
+    assert problem.tags is not None
+    emissions = problem.emissions.clone()
+    if where == "emissions":
+        emissions[:, 1:, 3] = size
+        problem.transitions[:, 3] = NEG_INF
+    elif where == "dead end":
+        emissions[:, 1:-1, 3] = size
+        problem.transitions[3] = NEG_INF
+    else:
+        emissions[..., 3] = NEG_INF
+        getattr(problem, where)[..., 3] = size
+    return Known(problem.replace(emissions=emissions, tags=problem.tags.clamp(max=2)))
+
+
+@pytest.mark.parametrize("size", [300.0, 1e5, 1e12, 1e17, 1e30])
+@pytest.mark.parametrize("where", ["transitions", "start", "end", "emissions", "dead end"])
+def test_giants_that_no_path_takes(where: str, size: float, target: Any) -> None:
+    target.spare(8 if size == 1e17 else 17)
+    known = idle_giant(where, size)
+    check(known, target, (PARTITION, NLL))
+    if target.backend == "reference":
+        return  # it takes sums as they are, dead ends and all
+    exactly, _ = known.truth.gradients(PARTITION, np.ones(2))
+    _, found = run(known.problem.to(target.device), PARTITION, target.backend)
+    for x, y in zip(found, exactly, strict=True):
+        assert x is not None
+        torch.testing.assert_close(x.cpu().double(), torch.from_numpy(y.astype(float)), rtol=0, atol=2e-6)
+
+
+def test_tiny_scores(target: Any) -> None:
+    """A log Z below the roundings of float64 beside 1: only logs hold it."""
+    for size in (1e-6, 1e-12, 1e-17, 1e-30):
+        problem = path_chain([[size, NEG_INF]], [[-size, NEG_INF]], transitions=[[0, 0], [0, 0]])
+        check(Known(problem), target, (PARTITION, NLL))
+
+
 def test_mixed_tiers(target: Any) -> None:
     known = Known(mixed())
     target.spare(66)
@@ -287,6 +329,39 @@ def test_nan_stays_in_its_sequence(where: int, poison: float, target: Any) -> No
     assert spoilt_path[where].tolist() == [-1] * path.size(1)
     assert torch.equal(again.cpu()[others], score.cpu()[others])
     assert torch.equal(spoilt_path.cpu()[others], path.cpu()[others])
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_nan_that_no_path_takes(poison: float, target: Any) -> None:
+    """A live score is read, whether or not a path gets there."""
+    target.spare(8)
+    problem = chain(2, 3, 3, seed=12)
+    problem.emissions[1, 1, 2] = poison
+    problem.transitions[:, 2] = NEG_INF
+    for here in (problem, problem.crowd(8))[: 1 + (target.backend == "cpp")]:
+        placed = here.to(target.device)
+        value, grads = run(placed, PARTITION, target.backend)
+        assert value.isnan().tolist() == [False, True] * (len(value) // 2)
+        assert grads[0] is not None
+        assert grads[0].isnan().flatten(1).any(1).tolist() == value.isnan().tolist()
+        assert placed(ops.viterbi, target.backend)[0].isnan().tolist() == value.isnan().tolist()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_nan_that_nobody_reads(poison: float, target: Any) -> None:
+    """Rows of one step read no transition, rows without any read nothing."""
+    target.spare(6)
+    problem = chain(2, 3, 3, seed=12)
+    problem.transitions[1, 1] = poison
+    for lengths in (torch.tensor([1, 0]), torch.tensor([0, 0])):
+        if not lengths.any():
+            assert problem.end is not None
+            problem.end[1] = poison
+        value, grads = run(problem.replace(lengths=lengths).to(target.device), PARTITION, target.backend)
+        assert value.isfinite().all()
+        for grad in grads:
+            assert grad is not None
+            assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
