@@ -1,6 +1,8 @@
 // What the kernels of one instruction set level share: the certificates of docs/chain.md and the last words on a row.
 #pragma once
 
+#include <initializer_list>
+
 #include "chain.hpp"
 #include "simd.hpp"
 
@@ -66,13 +68,17 @@ static bool underflowed(
   return false;
 }
 
-// The largest score of a path's first step. Longer parts may have larger ones, so it is a lower bound of their size.
-template <class T> static double first_size(const ChainArgs<T>& args, const Row& row) {
+// The largest score of a path's first step, or log sum of the paths to a last one, `offset` less the logs of `last`. Between
+// them there may be larger ones, so it is a lower bound of their size.
+template <class T, class C>
+static double partial_size(const ChainArgs<T>& args, const Row& row, const C* last, int64_t across, double offset) {
   const T* f = args.emissions + row.index * args.stride_batch + row.step(0) * args.stride_time;
   double size = 0;
   for (int64_t j = 0; j < args.tags; ++j) {
     const double score = __builtin_fabs(double(f[j]) + (args.start ? double(args.start[j]) : 0.0));
     if (score > size && score < __builtin_inf()) size = score;
+    const double sum = last[j * across] > 0 ? __builtin_fabs(offset + __builtin_log(double(last[j * across]))) : 0.0;
+    if (sum > size) size = sum;
   }
   return size;
 }
@@ -88,14 +94,18 @@ static double close_row(
     total += double(last[j * across]) * double(tables.end[j]);
   }
   if (mass == 0) return -__builtin_inf();
-  const double log_z = power * 0.69314718055994530942 + __builtin_log(total) + (row.length - 1) * tables.top + tables.start_top +
-                       tables.end_top;
+  const double scales = power * 0.69314718055994530942, tops = (row.length - 1) * tables.top;
+  const double log_z = scales + __builtin_log(total) + tops + tables.start_top + tables.end_top;
   flagged |= !(total >= double(kTiny<C>));
   // Worst-case rounding of the sweep against what the contract allows, both in units of 2^-24.
   const int64_t tags = tables.tags, inner = tags < kChunk ? tags : kChunk, middle = (tags < kSuper ? tags : kSuper) / kChunk;
   const double unit = sizeof(C) < sizeof(double) ? 1.0 : 0x1p-29, size = __builtin_fabs(log_z);
-  const double roundings = unit * double(row.length) * double(inner + middle + tags / kSuper + 4);
-  if (!(roundings <= 7.0 * size)) flagged |= sizeof(C) < sizeof(double) || !(roundings <= 7.0 * first_size(args, row));
+  double roundings = unit * double(row.length) * double(inner + middle + tags / kSuper + 4);
+  // and, in float64, of what is added to the scores of unlikely tags here and taken from them in the tables
+  for (const double added : {scales, tops, tables.start_top, tables.end_top}) roundings += 0x1p-27 * __builtin_fabs(added);
+  if (!(roundings <= 7.0 * size))
+    flagged |= sizeof(C) < sizeof(double) ||
+               !(roundings <= 7.0 * partial_size(args, row, last, across, scales + tops + tables.start_top));
   return log_z;
 }
 

@@ -94,7 +94,7 @@ def _backward_log(
         b_on = tl.where((b_on > NEG_INF) & (b_f > NEG_INF), tl.zeros([KP], tl.float64), NEG_INF)
         tl.store(p_right + long(k) * K + o, b_on.to(p_right.dtype.element_ty), mask=o < K)
     tl.debug_barrier()
-    b_alpha = load_vector(p_start, o, K, tl.float64)
+    b_alpha = with_largest(b_on, load_vector(p_start, o, K, tl.float64))
     for k in range(0, n):
         if k > 0:
             b_alpha = log_product(b_alpha, p_row, p_transitions, K, 1, K, KP, BL)
@@ -110,7 +110,8 @@ def _backward_log(
             b_low = tl.where(b_alpha == NEG_INF, 0.0, b_alpha - b_high.to(tl.float64))
             tl.store(p_low + at, b_low.to(tl.float32), mask=o < K)
     tl.debug_barrier()
-    b_beta = tl.where(b_alpha == NEG_INF, NEG_INF, load_vector(p_end, o, K, tl.float64))
+    b_beta = tl.where(b_alpha == NEG_INF, NEG_INF, tl.zeros([KP], tl.float64))
+    b_beta = with_largest(b_beta, load_vector(p_end, o, K, tl.float64))
     b_mu, z = shares(b_alpha + b_beta)
     b_beta = b_beta - z
     t = step_time(p_steps, n - 1, n)

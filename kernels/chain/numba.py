@@ -28,7 +28,10 @@ _MODEST = 1e4  # sum of squared scores of a step whose exponentials need no shif
 _MAGIC = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
 
 
-@njit(**{**_JIT, "fastmath": {"contract"}})  # reassociation would undo the rounding by _MAGIC
+_EXACT = {**_JIT, "fastmath": {"contract"}}  # sums as they are written
+
+
+@njit(**_EXACT)  # reassociation would undo the rounding by _MAGIC
 def _exp(x):
     """exp for x in [-700, 700], relative error below 1e-15, and 0 below. Branch-free, so that its loops vectorise."""
     shifted = x * 1.4426950408889634 + _MAGIC
@@ -200,13 +203,15 @@ def _forward(f, weights_in, start, steps, n, num_tags, a, u):
 
 
 @njit(**_JIT)
-def _certified(roundings, log_z, f, start):
-    """Whether so many roundings are what the contract allows beside log Z or the largest score of a first step f."""
+def _certified(roundings, log_z, f, start, offset, last):
+    """Whether so many roundings are what the contract allows beside log Z, the largest score of a first step f, or the
+    largest log sum of paths to a last one, offset less the logs of `last`."""
     size = abs(log_z)
     if not roundings * 2.0**-29 <= 7.0 * size:
         for j in range(len(f)):
             score = abs(np.float64(f[j]) + np.float64(start[j]))
             size = max(size, score if score < _INF else 0.0)
+            size = max(size, abs(offset + math.log(last[j])) if last[j] > 0.0 else 0.0)
     return roundings * 2.0**-29 <= 7.0 * size
 
 
@@ -250,7 +255,7 @@ def _backward(a, u, weights_out, end_weights, steps, n, num_tags, weight, g_em, 
     return True
 
 
-@njit(**_JIT)
+@njit(**_EXACT)
 def _log_sum(terms):
     top = -_INF
     for x in terms:
@@ -263,7 +268,7 @@ def _log_sum(terms):
     return top + math.log(total)
 
 
-@njit(**_JIT)
+@njit(**_EXACT)
 def _bring_to_zero(x):
     """Subtract the largest and return it; 0 where there is none."""
     top = x.max()
@@ -272,7 +277,7 @@ def _bring_to_zero(x):
     return top
 
 
-@njit(**_JIT)
+@njit(**_EXACT)
 def _to_probabilities(x):
     """exp(x) over its sum; zeros where every x is -inf."""
     _bring_to_zero(x)
@@ -335,7 +340,7 @@ def _top_into(transitions, on, k):
     return top if top > -_INF else 0.0
 
 
-@njit(**_JIT)
+@njit(**_EXACT)
 def _log_forward(f, transitions, start, end, steps, n, num_tags, on, alpha):
     """log Z by the plain recursion, scores counted from the largest of their kind on a feasible path; alpha (n, P)
     filled, every step brought to a maximum of 0."""
@@ -361,7 +366,7 @@ def _log_forward(f, transitions, start, end, steps, n, num_tags, on, alpha):
     return offset + end_top + _log_sum(terms)
 
 
-@njit(**_JIT)
+@njit(**_EXACT)
 def _log_backward(f, transitions, end, steps, n, num_tags, on, alpha, weight, g_em, pairs, g_start, g_end):
     """Add the weighted expected counts by the plain recursion, probabilities divided by their sum: neither the size of
     the scores nor a step that only huge scores cross shows in a posterior."""
@@ -450,6 +455,13 @@ def _crf(
     for j in range(num_tags):
         end_top = max(end_top, np.float64(end[j]))
     end_top = end_top if abs(end_top) < _INF else 0.0
+    start_top = -_INF
+    for j in range(num_tags):
+        start_top = max(start_top, np.float64(start[j]))
+    start_top = start_top if abs(start_top) < _INF else 0.0
+    opening = np.empty(num_tags)
+    for j in range(num_tags):
+        opening[j] = np.float64(start[j]) - start_top
     end_weights = np.zeros(padded)
     for j in range(num_tags):
         end_weights[j] = math.exp(np.float64(end[j]) - end_top)
@@ -498,14 +510,17 @@ def _crf(
         slow = not usable
         log_z = 0.0
         if not slow:
-            log_scale, clean, suspect = _forward(f, weights_in, start, steps, n, num_tags, a, u)
+            log_scale, clean, suspect = _forward(f, weights_in, opening, steps, n, num_tags, a, u)
             slow = not clean or _underflowed(a, f, transitions, start, steps, suspect, num_tags)
             total = 0.0
             for j in range(num_tags):
                 total += a[n - 1, j] * end_weights[j]
             slow |= not total >= _TINY
-            log_z = log_scale + (n - 1) * top + math.log(total) + end_top
-            slow |= not _certified(n * (num_tags + 8.0), log_z, f[steps[0]], start)
+            tops = (n - 1) * top
+            offset = log_scale + tops + start_top
+            log_z = offset + math.log(total) + end_top
+            added = abs(log_scale) + abs(tops) + abs(start_top) + abs(end_top)
+            slow |= not _certified(n * (num_tags + 8.0) + 4.0 * added, log_z, f[steps[0]], start, offset, a[n - 1])
             if with_grad and not slow:
                 slow = not _backward(
                     a, u, weights_out, end_weights, steps, n, num_tags, weight, g_em[b], counts, sum_start, sum_end

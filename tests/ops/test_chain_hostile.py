@@ -252,10 +252,49 @@ def test_giants_that_no_path_takes(where: str, size: float, target: Any) -> None
 
 
 def test_tiny_scores(target: Any) -> None:
-    """A log Z below the roundings of float64 beside 1: only logs hold it."""
+    """A log Z below the roundings of float64 beside 1, or beside the score of a tag that no path takes."""
+    rest = [[0, NEG_INF]] * (2 if target.interpreted else 99)
     for size in (1e-6, 1e-12, 1e-17, 1e-30):
         problem = path_chain([[size, NEG_INF]], [[-size, NEG_INF]], transitions=[[0, 0], [0, 0]])
         check(Known(problem), target, (PARTITION, NLL))
+    for idle in (100, 600):
+        long = path_chain([[3e-7, NEG_INF], *rest], transitions=[[0, 0], [0, idle]])
+        short = path_chain([[1e-8, NEG_INF]], transitions=[[0, 0], [0, 0]], start=[0, idle], end=[0, idle])
+        for problem in (long, short):
+            check(Known(problem), target, (PARTITION, NLL))
+
+
+def test_what_is_normalised_stays_out_of_logs(target: Any) -> None:
+    """Where log Z is about 0, the size of its parts says that float64 will do, also behind a forced first tag."""
+    if target.backend not in ("cpp", "numba"):
+        pytest.skip("sums in logs, or without this rule")
+    emissions = chain(4, 50, 9, boundaries=False, scale=3.0, seed=8).emissions.log_softmax(2)
+    forced = emissions.clone()
+    forced[:, 0] = torch.tensor([0, *[NEG_INF] * 8])
+    for scores in (emissions, forced):
+        with recorded_paths(target.backend) as paths:
+            ops.crf_log_partition(scores, torch.zeros(9, 9), backend=target.backend)
+        assert all(int(p.max()) < (2 if target.backend == "cpp" else 1) for p in paths)
+        assert paths
+
+
+@pytest.mark.parametrize("where", ["start", "emissions", "end"])
+def test_constants_that_every_path_crosses(where: str, target: Any) -> None:
+    """Added to all tags of one step they change no posterior, as long as float32 holds what they were added to."""
+    if target.backend == "reference":
+        pytest.skip("adds the scores as they are")
+    target.spare(8)
+    near = chain(2, 3, 3, seed=4)
+    assert near.start is not None
+    assert near.end is not None
+    far = {name: x.clone() for name, x in (("start", near.start), ("emissions", near.emissions), ("end", near.end))}
+    at = (slice(None), 1) if where == "emissions" else slice(None)
+    getattr(near, where)[at] = 0.0
+    far[where][at] = 1e14
+    wanted = run(near.to(target.device), PARTITION, target.backend)[1]
+    found = run(near.replace(**{where: far[where]}).to(target.device), PARTITION, target.backend)[1]
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=2e-6)
 
 
 def test_mixed_tiers(target: Any) -> None:
