@@ -458,7 +458,7 @@ def _crf(
     start_top = -_INF
     for j in range(num_tags):
         start_top = max(start_top, np.float64(start[j]))
-    start_top = start_top if abs(start_top) < _INF else 0.0
+    start_top = start_top if _MODEST < abs(start_top) < _INF else 0.0  # what costs no digits may stay
     opening = np.empty(num_tags)
     for j in range(num_tags):
         opening[j] = np.float64(start[j]) - start_top
