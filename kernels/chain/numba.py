@@ -24,6 +24,7 @@ _INF = np.inf
 _LANES = 8  # tags are padded to whole vectors
 _TINY = 1e-200  # a state below this, relative to the step before, may have lost digits to underflow
 _SMALLEST, _HIDDEN = -700.0, -600.0  # log of what a state that holds 0 may hide, and of what no state would notice
+_NEAR = 1e4  # start scores beyond it leave the exp domain
 _MODEST = 1e4  # sum of squared scores of a step whose exponentials need no shift
 _MAGIC = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
 
@@ -442,7 +443,7 @@ def _crf(
         for j in range(num_tags):
             top = max(top, np.float64(transitions[i, j]))
     top = top if abs(top) < _INF else 0.0
-    usable = True  # no transition or end score is NaN or +inf
+    usable = True  # no transition or end score is NaN or +inf, no start score far from 0
     weights_out = np.zeros((num_tags, padded))
     weights_in = np.zeros((num_tags, padded))
     for i in range(num_tags):
@@ -455,13 +456,8 @@ def _crf(
     for j in range(num_tags):
         end_top = max(end_top, np.float64(end[j]))
     end_top = end_top if abs(end_top) < _INF else 0.0
-    start_top = -_INF
-    for j in range(num_tags):
-        start_top = max(start_top, np.float64(start[j]))
-    start_top = start_top if _MODEST < abs(start_top) < _INF else 0.0  # what costs no digits may stay
-    opening = np.empty(num_tags)
-    for j in range(num_tags):
-        opening[j] = np.float64(start[j]) - start_top
+    start_top = np.float64(start.max())
+    usable &= not _NEAR < abs(start_top) < _INF  # it is added to the first step, which would lose digits
     end_weights = np.zeros(padded)
     for j in range(num_tags):
         end_weights[j] = math.exp(np.float64(end[j]) - end_top)
@@ -510,16 +506,16 @@ def _crf(
         slow = not usable
         log_z = 0.0
         if not slow:
-            log_scale, clean, suspect = _forward(f, weights_in, opening, steps, n, num_tags, a, u)
+            log_scale, clean, suspect = _forward(f, weights_in, start, steps, n, num_tags, a, u)
             slow = not clean or _underflowed(a, f, transitions, start, steps, suspect, num_tags)
             total = 0.0
             for j in range(num_tags):
                 total += a[n - 1, j] * end_weights[j]
             slow |= not total >= _TINY
             tops = (n - 1) * top
-            offset = log_scale + tops + start_top
+            offset = log_scale + tops
             log_z = offset + math.log(total) + end_top
-            added = abs(log_scale) + abs(tops) + abs(start_top) + abs(end_top)
+            added = abs(log_scale) + abs(tops) + abs(end_top)
             slow |= not _certified(n * (num_tags + 8.0) + 4.0 * added, log_z, f[steps[0]], start, offset, a[n - 1])
             if with_grad and not slow:
                 slow = not _backward(
