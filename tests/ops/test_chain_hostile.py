@@ -287,12 +287,16 @@ def test_constants_that_every_path_crosses(where: str, target: Any) -> None:
     near = chain(2, 3, 3, seed=4)
     assert near.start is not None
     assert near.end is not None
+    near.emissions[..., 2] = NEG_INF  # a tag that no path takes, whose score brings all sequences to the log domain
+    near.transitions[2, 2] = 1e5
     far = {name: x.clone() for name, x in (("start", near.start), ("emissions", near.emissions), ("end", near.end))}
-    at = (slice(None), 1) if where == "emissions" else slice(None)
+    at = (slice(None), 1, slice(2)) if where == "emissions" else slice(2)
     getattr(near, where)[at] = 0.0
     far[where][at] = 1e14
     wanted = run(near.to(target.device), PARTITION, target.backend)[1]
-    found = run(near.replace(**{where: far[where]}).to(target.device), PARTITION, target.backend)[1]
+    with recorded_paths(target.backend) as paths:
+        found = run(near.replace(**{where: far[where]}).to(target.device), PARTITION, target.backend)[1]
+    assert set(paths[-1].tolist()) == {1 if target.backend == "numba" else 2}
     for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=2e-6)
 
