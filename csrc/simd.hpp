@@ -13,8 +13,6 @@
 namespace {
 
 constexpr int kVectorBytes = PYSEQ_LEVEL == 4 ? 64 : PYSEQ_LEVEL == 3 ? 32 : 16;
-constexpr int kTileRows = PYSEQ_LEVEL == 4 ? 8 : 4;     // rows x vectors of a register tile
-constexpr int kTileVectors = PYSEQ_LEVEL == 4 ? 3 : 2;
 
 template <class T> struct Simd;
 template <> struct Simd<float> {

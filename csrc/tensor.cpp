@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <functional>
+#include <numeric>
 
 namespace py = pybind11;
 
@@ -115,9 +117,17 @@ bool Tensor::is_contiguous() const {
 
 bool Tensor::is_empty() const { return std::count(size, size + rank, 0) > 0; }
 
+int64_t Tensor::count() const { return std::accumulate(size, size + rank, int64_t{1}, std::multiplies<int64_t>()); }
+
 bool view(PyObject* object, Tensor& out) {
   const bool dense = has_exchange() ? view_by_exchange(object, out) : view_by_attributes(object, out);
   return dense && (out.data || out.is_empty());  // fakes, wrappers and torch's symbolic zeros have no memory
+}
+
+bool flat(PyObject* object, Tensor& out) {
+  if (!view(object, out) || !out.is_contiguous()) return false;
+  out.size[0] = out.count(), out.stride[0] = 1, out.rank = 1;
+  return true;
 }
 
 bool is_plain(PyObject* object) {

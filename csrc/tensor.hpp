@@ -17,7 +17,7 @@ template <> inline constexpr Type type_of<int64_t> = kInt64;
 template <> inline constexpr Type type_of<int32_t> = kInt32;
 template <> inline constexpr Type type_of<uint8_t> = kBool;
 
-constexpr int kMaxRank = 3;
+constexpr int kMaxRank = 8;
 
 // Strides count elements.
 struct Tensor {
@@ -28,11 +28,15 @@ struct Tensor {
   bool has_shape(std::initializer_list<int64_t> shape) const;
   bool is_contiguous() const;
   bool is_empty() const;
+  int64_t count() const;  // of elements
 };
 
 // Fills `out` for a dense tensor of at most kMaxRank dimensions with memory of its own, the CPU's; false for anything
 // else, without a Python exception. The view holds as long as the object does.
 bool view(PyObject* object, Tensor& out);
+
+// The same for a contiguous tensor, as one of a single dimension.
+bool flat(PyObject* object, Tensor& out);
 
 // Whether the object's type is torch.Tensor or torch.nn.Parameter itself and no subclass.
 bool is_plain(PyObject* object);

@@ -4,9 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from pyseq.ops._backend import explain as explain
+from pyseq.ops._backend import use_backend as use_backend
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "explain"]
+__all__ = ["__version__", "explain", "use_backend"]
 
 if TYPE_CHECKING:
     from pyseq import data as data

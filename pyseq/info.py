@@ -10,7 +10,8 @@ import torch
 
 import pyseq.ops  # noqa: F401  (defines the rooms)
 from pyseq import __version__
-from pyseq.ops._backend import ROOMS, explain
+from pyseq.kernels import _cpu
+from pyseq.ops._backend import explain, rooms
 
 _LEVELS = {4: "AVX-512", 3: "AVX2 with FMA", 2: "the platform's baseline"}
 
@@ -37,8 +38,7 @@ def _level() -> str:
         _C = importlib.import_module("pyseq._C")
     except ImportError:
         return "the extension is missing"
-    wanted = importlib.import_module("pyseq.kernels.chain.cpp").LEVEL
-    return f"kernels use {_LEVELS[_C.cpu_level(wanted)]}"
+    return f"kernels use {_LEVELS[_C.cpu_level(_cpu.LEVEL)]}"
 
 
 def report() -> str:
@@ -51,10 +51,13 @@ def report() -> str:
         lines.append(f"cuda  {torch.cuda.get_device_name(index)}")
         devices = ["cpu", "cuda"]
     for device in devices:
-        for room in ROOMS.values():
-            lines += ["", f"{room.name} on {device}: {', '.join(op.__name__ for op in room.ops)}"]
-            said = str(explain(room.ops[0], torch.zeros(1, 1, 1, device=device)))
-            lines += ["  " + line for line in said.splitlines()]
+        for room, ops in rooms().items():
+            said: dict[str, list[str]] = {}
+            for op in ops:
+                said.setdefault(str(explain(op, torch.zeros(1, 1, 1, device=device))), []).append(op.__name__)
+            for verdict, names in said.items():
+                lines += ["", f"{room} on {device}: {', '.join(names)}"]
+                lines += ["  " + line for line in verdict.splitlines()]
     return "\n".join(lines)
 
 

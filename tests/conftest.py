@@ -1,4 +1,3 @@
-import functools
 import getpass
 import importlib
 import os
@@ -13,9 +12,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel module is imported
 os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"pyseq-numba-{getpass.getuser()}"))
 
-from pyseq.kernels.common import NLL, PARTITION, SCORE
-from pyseq.ops._backend import BACKENDS, ROOMS
-from pyseq.testing import launches
+import pyseq.ops  # noqa: F401  (defines the rooms)
+from pyseq.ops._backend import BACKENDS, environment, rooms
+from pyseq.testing import cpu_level
 
 
 class Target(NamedTuple):
@@ -29,10 +28,6 @@ class Target(NamedTuple):
     def interpreted(self) -> bool:
         """Triton without a GPU: several milliseconds a program and step, so small problems only."""
         return self.backend == "triton" and self.device == "cpu"
-
-    @property
-    def kinds(self) -> tuple[int, ...]:
-        return (NLL,) if self.interpreted else (PARTITION, NLL, SCORE)  # it is both others in one
 
     def spare(self, steps: int, most: int = 9) -> None:
         if self.interpreted and steps > most:
@@ -51,20 +46,28 @@ def targets() -> Iterator[Any]:
 
 @pytest.fixture(params=targets())
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
-    """Every backend on every device; a launcher's `level` argument is set behind the public ops."""
+    """Every backend on every device, C++ at every instruction set level that the machine has."""
     chosen: Target = request.param
     if chosen.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if reasons := ROOMS["chain"].reasons(chosen.backend, torch.empty(1, 1, 1, device=chosen.device)):
+    if reasons := environment(next(iter(rooms())), chosen.backend, chosen.device):
         pytest.skip("; ".join(reasons))
-    if not chosen.level:
-        yield chosen
-        return
-    level = importlib.import_module("pyseq._C").cpu_level()
-    if level <= chosen.level:
+    if chosen.level and (level := importlib.import_module("pyseq._C").cpu_level()) <= chosen.level:
         pytest.skip(f"the machine's level is {level}: cpp itself runs it")
-    with launches("chain", "cpp", lambda launch: functools.partial(launch, level=chosen.level)):
+    with cpu_level(chosen.level):
         yield chosen
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Forced instruction set levels are slow, but for tests marked `levels`; with a condition on the parameters,
+    there."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if isinstance(params.get("target"), Target) and params["target"].level:
+            mark = item.get_closest_marker("levels")
+            if mark is None or not mark.kwargs.get("where", bool)(params):
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

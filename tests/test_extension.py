@@ -1,26 +1,26 @@
-"""What the extension sees of a tensor, and that it touches none that is not as its kernels need it."""
+"""What the extension sees of a tensor, and which arguments it passes without a check in Python."""
 
 import importlib
-import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.two_tensor import TwoTensor
 
-from pyseq import ops
-from pyseq.kernels.common import NLL, OK, SCORE, UNFIT
-from pyseq.ops import _autograd, _check
-from pyseq.testing import Guarded, launches
-from pyseq.testing.chain import LIVE, Chain, chain
+from pyseq.ops import _check
 
 _C: Any = importlib.import_module("pyseq._C")
-
-
-NAMES = ("emissions", "transitions", "start", "end", "tags", "mask", "lengths")
+DTYPES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.int32: "int32",
+    torch.int64: "int64",
+    torch.bool: "bool",
+}
 
 
 class Subclass(Tensor):
@@ -38,321 +38,128 @@ def by(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.allow_exchange(True)
 
 
-def arguments(problem: Chain) -> list[Tensor | None]:
-    return [getattr(problem, name) for name in NAMES]
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
+def test_a_tensor_is_seen_as_it_lies(dtype: torch.dtype) -> None:
+    x = torch.ones(2, 3, 4, 5, dtype=dtype)
+    for view in (x, x.permute(3, 1, 0, 2), x[:, 1:, ::2], x[:1].expand(7, 3, 4, 5), x[0, 0, 0], x[0, 0, 0, 0], x[:0]):
+        assert _C.seen(view) == (DTYPES[dtype], tuple(view.shape), view.stride())
+    assert _C.seen(nn.Parameter(x, requires_grad=False)) == (DTYPES[dtype], (2, 3, 4, 5), (60, 20, 5, 1))
+    assert _C.seen(x.as_subclass(Subclass)) is not None
 
 
-class Call:
-    """A call of the kernel, to be spoiled."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32, live: str = "holes") -> None:
-        self.guarded = guarded = Guarded()
-        problem = chain(3, 4, 5, dtype, live)
-        self.chain = [None if x is None else guarded(x) for x in arguments(problem)]
-        self.weights: Any = None
-        self.value: Any = guarded(torch.full((3,), 5.0, dtype=dtype))
-        self.grads: list[Any] = [guarded(torch.full_like(x, 5.0)) for x in problem.scores()]
-        self.paths: Any = guarded(torch.full((3,), 5, dtype=torch.int32))
-        self.reduction = "none"
-
-    def __call__(self) -> int:
-        status: int = _C.crf(
-            *self.chain, self.weights, NLL, self.reduction, True, self.value, self.grads, self.paths, 1, 0
-        )
-        self.guarded.check()
-        return status
-
-    def outputs(self) -> list[Tensor]:
-        return [x for x in (self.value, *self.grads, self.paths) if type(x) is Tensor and x.device.type == "cpu"]
-
-
-@pytest.mark.parametrize("live", LIVE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_good_calls_are_served(dtype: torch.dtype, live: str) -> None:
-    call = Call(dtype, live)
-    call.weights = torch.full((3,), 0.5, dtype=dtype)
-    assert _C.chain_fits(*call.chain, True)
-    assert call() == OK
-    assert not any((x == 5).all() for x in call.outputs())
-
-
-def padded(x: Tensor) -> Tensor:
-    """The same values, one element in two."""
-    return x.unsqueeze(-1).expand(*x.shape, 2).reshape(*x.shape[:-1], -1)[..., ::2]
-
-
-WRONG: dict[str, Callable[[Tensor], Any]] = {
-    "dtype": lambda x: x.to(torch.int16 if x.is_floating_point() else torch.float32),
-    "wider": lambda x: x.double() if x.is_floating_point() else x.to(torch.uint8),
-    "narrower": lambda x: x.bfloat16() if x.is_floating_point() else x.int(),
-    "complex": lambda x: x.to(torch.complex64),
-    "short": lambda x: x[:-1],
-    "long": lambda x: torch.cat([x, x]),
-    "deep": lambda x: x.unsqueeze(0),
-    "much too deep": lambda x: x[None, None, None, None],
-    "flat": lambda x: x.sum().to(x.dtype),
-    "sparse": lambda x: x.to_sparse(),
-    "meta": lambda x: x.to("meta"),
-    "nested": lambda x: torch.nested.nested_tensor(list(x.unbind()), layout=torch.jagged),
-    "list": lambda x: x.tolist(),
-    "number": lambda x: 3,
-    "type": type,
-}
+def test_what_has_another_type_is_seen_to_have_one() -> None:
+    for dtype in (torch.uint8, torch.int16, torch.complex64):
+        seen = _C.seen(torch.ones(2, dtype=dtype))
+        assert seen is None or seen[0] == "other"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, about its nested tensors
-@pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("name", NAMES)
-def test_no_wrong_argument_is_touched(name: str, wrong: str) -> None:
-    call = Call(live="lengths" if name == "lengths" else "holes")
-    at = NAMES.index(name)
-    given = call.chain[at]
-    assert given is not None
-    if wrong == "nested" and given.dim() == 1:
-        pytest.skip("rows of no dimension")
-    call.chain[at] = WRONG[wrong](given)
-    converted = name == "emissions" and wrong == "narrower"  # half precision, which the launch widens
-    assert _C.chain_fits(*call.chain, True) == converted
-    assert call() == UNFIT
-    assert all((x == 5).all() for x in call.outputs())
-
-
-@pytest.mark.parametrize("name", ["emissions", "transitions", "tags"])
-def test_a_missing_argument_is_not_made_up(name: str) -> None:
-    call = Call()
-    call.chain[NAMES.index(name)] = None
-    assert not _C.chain_fits(*call.chain, True)
-    if name != "tags":  # their absence is another kind's business
-        assert call() == UNFIT
-
-
-@pytest.mark.parametrize("name", [*NAMES, "weights", "value", "paths", "grads"])
-def test_strides_that_a_kernel_cannot_follow(name: str) -> None:
-    call = Call(live="lengths" if name == "lengths" else "holes")
-    if name in NAMES:
-        at = NAMES.index(name)
-        given = call.chain[at]
-        assert given is not None
-        call.chain[at] = padded(given)
-    elif name == "weights":
-        call.weights = torch.ones(1).expand(3)
-    elif name == "grads":
-        call.grads[1] = call.grads[1].t()
-        assert call() == UNFIT
-        call.grads[1] = call.grads[1].t()
-        call.grads[0] = padded(call.grads[0])
-    else:
-        setattr(call, name, padded(getattr(call, name)))
-    assert call() == UNFIT
-    assert all((x == 5).all() for x in call.outputs())
-
-
-@pytest.mark.parametrize(
-    "outputs",
-    [
-        {"value": torch.zeros(4)},
-        {"value": torch.zeros(())},
-        {"value": torch.zeros(3, dtype=torch.float64)},
-        {"value": torch.zeros(3), "reduction": "sum"},
-        {"value": None},
-        {"weights": torch.zeros(2)},
-        {"weights": torch.zeros(3, dtype=torch.float64)},
-        {"paths": torch.zeros(3, dtype=torch.int64)},
-        {"grads": [torch.zeros(3, 4, 6), torch.zeros(5, 5), torch.zeros(5), torch.zeros(5)]},
-        {"grads": [torch.zeros(3, 4, 5), torch.zeros(5, 4), torch.zeros(5), torch.zeros(5)]},
-        {"grads": [torch.zeros(3, 4, 5), torch.zeros(5, 5), None, torch.zeros(5)]},
-        {"grads": [torch.zeros(3, 4, 5), torch.zeros(5, 5), torch.zeros(5), torch.zeros(5).double()]},
-    ],
-)
-def test_wrong_outputs_are_not_written(outputs: dict[str, Any]) -> None:
-    call = Call()
-    vars(call).update(outputs)
-    assert call() == UNFIT
-
-
-def test_viterbi_touches_no_wrong_output() -> None:
-    call = Call()
-    good = torch.zeros(3), torch.zeros(3, 4, dtype=torch.int64)
-    assert _C.viterbi(*call.chain, True, *good, 1, 0) == OK
-    scores, path = good
-    for bad in ((scores.double(), path), (scores[:2], path), (scores, path.int()), (scores, path[:, :3])):
-        assert _C.viterbi(*call.chain, True, *bad, 1, 0) == UNFIT
-
-
-def test_only_plain_tensors_pass_unchecked() -> None:
-    call = Call()
-    for at, given in enumerate(call.chain):
-        if given is not None:
-            spoiled = [*call.chain]
-            spoiled[at] = given.as_subclass(Subclass)
-            assert not _C.chain_fits(*spoiled, True)
-    call.chain[1:4] = [nn.Parameter(x) for x in call.chain[1:4] if x is not None]
-    assert _C.chain_fits(*call.chain, True)
-    assert not _C.chain_fits(*call.chain, False)  # tags that nobody asked for
-    both = [*call.chain[:6], torch.ones(3, dtype=torch.int64)]
-    assert not _C.chain_fits(*both, True)
-
-
-def test_plain_calls_take_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No check in Python, one launch, and the upstream gradient read in C++."""
-    problem = chain(3, 4, 5, live="holes").leaves()
-    statuses: list[int] = []
-
-    def counted(launch: Callable[..., int]) -> Callable[..., int]:
-        def call(*args: Any) -> int:
-            statuses.append(launch(*args))
-            return statuses[-1]
-
-        return call
-
-    for module, name in ((_check, "tensor"), (_check, "as_wanted"), (_autograd, "refuse_upstream")):
-        monkeypatch.setattr(module, name, lambda *_: pytest.fail("the long way"))
-    with launches("chain", "cpp", counted):
-        problem(ops.crf_nll, "cpp").sum().backward()
-    assert statuses == [OK]
-
-
-def test_what_passes_unchecked_would_pass_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the extension lets pass, the checks in Python return as it came."""
-    seen = []
-    for dtype in _check.FLOATS:
-        for live in LIVE:
-            problem = chain(3, 4, 5, dtype, live)
-            given = arguments(problem)
-            assert _C.chain_fits(*given, True)
-            seen.append(given)
-    monkeypatch.setattr(importlib.import_module("pyseq.ops.chain"), "_fits", lambda *_: False)
-    for given in seen:
-        emissions, transitions, start, end, tags, mask, lengths = given
-        returned = importlib.import_module("pyseq.ops.chain")._arguments(
-            emissions, transitions, start, end, tags, mask, lengths, tagged=True
-        )
-        assert all(x is y for x, y in zip(given, returned, strict=True))
-
-
-@pytest.mark.parametrize("live", LIVE)
-@pytest.mark.parametrize("dtype", _check.FLOATS)
-def test_both_ways_give_the_same(dtype: torch.dtype, live: str, by: str) -> None:
-    results = []
-    for exchange in (by == "exchange", False):
-        _C.allow_exchange(exchange)
-        problem = chain(5, 6, 4, dtype, live).leaves()
-        value = problem(ops.crf_nll, "cpp")
-        value.sum().backward()
-        results.append([value, *(x.grad for x in problem.scores()), *problem(ops.viterbi, "cpp")])
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
-
-
-@pytest.mark.filterwarnings("ignore:.*data pointer.*")  # torch's, about fakes
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_tensors_without_memory() -> None:
-    """Symbolic zeros, which are plain tensors to Python; fakes; wrappers: neither read nor taken for None."""
+def test_what_cannot_be_read_is_not_seen() -> None:
+    x = torch.ones(2, 3)
+    nested = torch.nested.nested_tensor(list(x.unbind()), layout=torch.jagged)
+    other: Any = [x.to_sparse(), x.to("meta"), nested, torch._efficientzerotensor((2,)), torch.ones([1] * 9)]
     with FakeTensorMode():
-        fake = torch.randn(3, 4, 5, requires_grad=True)
-        ops.crf_log_partition(fake, torch.randn(5, 5)).sum().backward()
-        assert fake.grad is not None
-        assert fake.grad.shape == fake.shape
-        assert _C.shared_number(torch.zeros(3)) is None
-    for at, name in enumerate(NAMES):
-        call = Call(live="lengths" if name == "lengths" else "holes")
-        given = call.chain[at]
-        assert given is not None
-        call.chain[at] = torch._efficientzerotensor(given.shape, dtype=given.dtype)
-        assert not _C.chain_fits(*call.chain, True)
-        assert call() == UNFIT
-        emissions, transitions, start, end, tags, mask, lengths = call.chain
-        symbolic = Chain(emissions, transitions, start, end, tags, mask, lengths)  # type: ignore[arg-type]
-        real = symbolic.replace(**{name: torch.zeros_like(given)})
-        for backend in ("numba", "cpp"):
-            for op in (ops.crf_nll, ops.crf_marginals):
-                assert torch.equal(symbolic(op, backend), real(op, backend))
-            assert torch.equal(symbolic(ops.viterbi, backend)[1], real(ops.viterbi, backend)[1])
-    problem = chain(3, 4, 5).leaves()
-    for backend in ("numba", "cpp"):
-        value = problem(ops.crf_nll, backend)
-        (gradient,) = torch.autograd.grad(value, problem.emissions, torch._efficientzerotensor((3,)))
-        assert torch.equal(gradient, torch.zeros(3, 4, 5))
-    twice: Any = TwoTensor(problem.emissions.detach(), problem.emissions.detach()).requires_grad_()
-    ops.crf_log_partition(twice, problem.transitions).sum().backward()
-    assert torch.equal(twice.grad.a, ops.crf_marginals(problem.emissions, problem.transitions))
+        other.append(torch.ones(2))
+    for unreadable in (*other, None, 3, Tensor, "x", x.numpy()):
+        assert _C.seen(unreadable) is None
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3)])
-def test_empty_tensors_of_any_stride(shape: tuple[int, ...]) -> None:
-    """`contiguous()` leaves them as they are."""
-    emissions, transitions = torch.zeros(*shape[:2], 6)[..., ::2].requires_grad_(), torch.zeros(3, 3)
-    value = ops.crf_log_partition(emissions, transitions, backend="cpp")
-    value.sum().backward()
-    assert torch.equal(value, torch.zeros(shape[0]))
-    assert emissions.grad is not None
-    assert emissions.grad.shape == shape
-    assert ops.viterbi(emissions, transitions, backend="cpp")[1].shape == shape[:2]
-    assert ops.crf_marginals(emissions, transitions, backend="cpp").shape == shape
+def test_lists_of_contiguous_tensors() -> None:
+    """Of any rank and of several types, as an optimizer's parameters are."""
+    good = [torch.ones(2, 3), torch.ones(4, 2, 2, 2, 3, dtype=torch.bfloat16), torch.ones(()), torch.ones(0, 5)]
+    assert _C.seen(good) == [("float32", 6), ("bfloat16", 96), ("float32", 1), ("float32", 0)]
+    assert _C.seen([]) == []
+    for bad in (torch.ones(3, 2).t(), torch.ones(4)[::2], torch.ones(2, device="meta"), None, 3.0):
+        assert _C.seen([*good, bad]) is None
 
 
-def test_calls_that_make_no_sense_are_refused() -> None:
-    call = Call()
-    call.reduction = "product"
-    call.value = torch.zeros(())
-    assert call() == UNFIT
-    rest = (None, True, torch.zeros(3), None, None, 1, 0)
-    for kind, labels in ((NLL, None), (SCORE, None), (7, call.chain[4])):
-        assert _C.crf(*call.chain[:4], labels, *call.chain[5:], None, kind, "none", *rest[1:]) == UNFIT
+class Inputs(NamedTuple):
+    x: Any
+    shared: Any = None
+    index: Any = None
+    flag: Any = None
 
 
-@pytest.mark.parametrize("backend", ["reference", "numba", "cpp"])
-@pytest.mark.parametrize("tags", [1, 3])
-def test_the_sign_of_a_conjugates_imaginary_part(tags: int, backend: str) -> None:
-    """Torch puts it off, and only its own operations know; also in the gradient from above."""
-    problem = chain(1, 1, tags)
-    plain = problem.map(lambda x: -x if x.is_floating_point() else x)
-
-    def imaginary(x: Tensor) -> Tensor:
-        return (x * 1j).conj().imag
-
-    def unit_stride(x: Tensor) -> Tensor:
-        return imaginary(x.squeeze(-1)).unsqueeze(-1) if x.size(-1) == 1 else torch._neg_view(x)
-
-    for put_off in (imaginary, unit_stride):
-        lazy = problem.map(lambda x: put_off(x) if x.is_floating_point() else x)  # noqa: B023 (called here)
-        assert all(x.is_neg() for x in lazy.scores())
-        for op in (ops.crf_log_partition, ops.crf_score):
-            assert torch.equal(lazy(op, backend), plain(op, backend))
-        assert torch.equal(lazy(ops.viterbi, backend)[0], plain(ops.viterbi, backend)[0])
-    for weight in (torch.tensor([2j]), torch.tensor([2j, 3j])):
-        problem = chain(len(weight), 3, tags).leaves()
-        weights = weight.conj().imag
-        assert weights.is_neg()
-        problem(ops.crf_log_partition, backend).backward(weights)
-        moved = problem.leaves()
-        moved(ops.crf_log_partition, backend).backward(-weight.imag)
-        for x, y in zip(problem.scores(), moved.scores(), strict=True):
-            assert x.grad is not None
-            assert y.grad is not None
-            assert torch.equal(x.grad, y.grad)
-
-
-@pytest.mark.parametrize(
-    ("x", "expected"),
-    [
-        (torch.tensor(0.5), 0.5),
-        (torch.tensor(-0.25, dtype=torch.float64), -0.25),
-        (torch.full((7,), 3.0), 3.0),
-        (torch.tensor(3.0).expand(70), 3.0),
-        (torch.tensor([3.0, 9.0, 3.0, 9.0])[::2], 3.0),
-        (torch.tensor([3.0, 3.0, 4.0]), None),
-        (torch.tensor([math.nan]), None),
-        (torch.tensor(math.inf), None),
-        (torch.tensor([math.nan, math.nan]), None),
-        (torch.full((2,), -math.inf), None),
-        (torch.zeros(0), None),
-    ],
+SIGNATURE = _check.Signature(
+    x="scores (batch, width+)", shared="sums (width, width)?", index="integers (batch,)?", flag="booleans (batch,)?"
 )
-def test_shared_number(x: Tensor, expected: float | None) -> None:
-    assert _C.shared_number(x) == expected
-    assert _autograd._shared_number_by_torch(x) == expected
 
 
-def test_shared_number_refuses_what_it_cannot_read() -> None:
-    for x in (torch.ones(2, 2), torch.ones(2, dtype=torch.int64), torch.ones(2).half(), torch.ones(2).to("meta"), 1.0):
-        assert _C.shared_number(x) is None
+def good(dtype: torch.dtype = torch.float32) -> Inputs:
+    wide = torch.promote_types(dtype, torch.float32)
+    x, shared = torch.ones(3, 2, dtype=dtype), torch.ones(2, 2, dtype=wide)
+    return Inputs(x, shared, torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("dtype", _check.FLOATS, ids=str)
+def test_what_passes_unchecked_would_pass_the_checks(dtype: torch.dtype) -> None:
+    """And comes back as it is, whatever its strides."""
+    plain = good(dtype)
+    twisted = plain._replace(x=plain.x.t().contiguous().t(), shared=nn.Parameter(plain.shared.t()))
+    slow = _check.Signature(x="scores (batch, width+)", shared="sums (width, width)?")
+    slow.arguments = SIGNATURE.arguments
+    slow._fits = lambda *_: False
+    for given in (plain, twisted, Inputs(plain.x), plain._replace(index=None), plain._replace(x=plain.x[:0])):
+        fits = given.x.numel() > 0 or given.index is None
+        assert SIGNATURE._fits(given) == fits
+        if fits:
+            assert SIGNATURE(given) is given
+            assert all(a is b for a, b in zip(slow(given), given, strict=True))
+
+
+SPOIL: dict[str, Callable[[Tensor], Any]] = {
+    "dtype": lambda x: x.to(torch.int16),
+    "wider": lambda x: x.double() if x.is_floating_point() else x.to(torch.uint8),
+    "short": lambda x: x[:-1],
+    "empty": lambda x: x[..., :0],
+    "deep": lambda x: x.unsqueeze(0),
+    "flat": lambda x: x.sum().to(x.dtype),
+    "sparse": lambda x: x.to_sparse(),
+    "meta": lambda x: x.to("meta"),
+    "list": lambda x: x.tolist(),
+    "symbolic": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
+    "negative": lambda x: torch._neg_view(x) if x.is_floating_point() else x.int(),
+    "subclass": lambda x: x.as_subclass(Subclass),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOIL)
+@pytest.mark.parametrize("name", Inputs._fields)
+def test_nothing_that_wants_a_check_passes_without(name: str, spoil: str) -> None:
+    given = good()
+    assert SIGNATURE._fits(given)
+    assert not SIGNATURE._fits(given._replace(**{name: SPOIL[spoil](getattr(given, name))}))
+
+
+def test_calls_of_another_form_do_not_fit() -> None:
+    for given in ((), good()[:3], [*good()], None, good()._replace(x=None)):
+        assert not SIGNATURE._fits(given)
+
+
+def test_conversions_and_messages() -> None:
+    """What the declaration says; each room's tests have the messages of its own arguments."""
+    x = good().x
+    converted = SIGNATURE(Inputs(x.bfloat16(), good().shared.half(), torch.zeros(3, dtype=torch.int32)))
+    assert [t.dtype for t in converted[:3]] == [torch.bfloat16, torch.float32, torch.int64]
+    for given, error, message in (
+        (Inputs(x[0]), ValueError, r"x must have shape \(batch, width\), got \(2,\)"),
+        (Inputs(x[:, :0]), ValueError, r"x must not be empty along width, got shape \(3, 0\)"),
+        (Inputs(x.int()), TypeError, r"x must be of dtype torch\.float32, .* or torch\.float16, got torch\.int32"),
+        (Inputs([1.0]), TypeError, r"x must be a tensor of shape \(batch, width\), got list"),
+        (Inputs(x, x), ValueError, r"shared must have shape \(width, width\) = \(2, 2\), got \(3, 2\)"),
+        (
+            Inputs(x, x[:2].double()),
+            TypeError,
+            r"shared is torch\.float64 but x is torch\.float32; convert one of them",
+        ),
+        (Inputs(x, x[:2].to("meta")), ValueError, "shared is on meta but x is on cpu; move one of them"),
+        (Inputs(x, x[:2].to_sparse()), TypeError, r"shared must be a dense tensor .*; use to_dense\(\)"),
+        (
+            Inputs(x, None, x[:, 0]),
+            TypeError,
+            r"index must be of dtype torch\.int64 or torch\.int32, got torch\.float32",
+        ),
+        (Inputs(x, None, None, x[:, 0]), TypeError, r"flag must be of dtype torch\.bool, got .*; use flag\.bool\(\)"),
+    ):
+        with pytest.raises(error, match=message):
+            SIGNATURE(given)

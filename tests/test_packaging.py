@@ -11,16 +11,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = """
-import importlib.util, sys, torch
+import importlib, importlib.util, sys
 assert importlib.util.find_spec("kernels") is None, "kernels must never be installed under that name"
 import pyseq
 from pyseq import ops
 assert not {"numba", "triton", "matplotlib"} & set(sys.modules), "import pyseq must stay light"
-emissions = torch.randn(3, 4, 5, requires_grad=True)
-value = ops.crf_log_partition(emissions, torch.zeros(5, 5)).sum()
-value.backward()
-torch.testing.assert_close(emissions.grad, emissions.softmax(-1))
-print(pyseq.explain(ops.crf_log_partition, emissions).chosen, pyseq.__file__)
+from pyseq.ops._backend import rooms
+assert rooms()
+served = {importlib.import_module(f"pyseq.testing.{room}").smoke() for room in rooms()}
+print(",".join(sorted(served)), pyseq.__file__)
+"""
+SERVED = """
+import pyseq, pyseq.ops
+from pyseq.ops._backend import environment, rooms
+found = {backend for backend in ("cpp", "numba") for room in rooms() if not environment(room, backend, "cpu")}
+print(",".join(found), pyseq.__file__)
 """
 
 
@@ -54,20 +59,26 @@ def install(sdist: Path, folder: Path, **extra: str) -> Path:
     return folder / "site"
 
 
-def smoke(site: Path, folder: Path) -> str:
+def smoke(site: Path, folder: Path, what: str = SMOKE) -> str:
     alone = "sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]"
-    code = f"import sys; sys.path.insert(0, {str(site)!r}); {alone}\n{SMOKE}"
+    code = f"import sys; sys.path.insert(0, {str(site)!r}); {alone}\n{what}"
     return run(sys.executable, "-c", code, cwd=folder, NUMBA_CACHE_DIR=str(folder / "cache"))
 
 
-def test_wheel_without_a_compiler_is_served_by_numba(sdist: Path, tmp_path: Path) -> None:
+def test_wheel_without_a_compiler(sdist: Path, tmp_path: Path) -> None:
     site = install(sdist, tmp_path, PYSEQ_NO_EXT="1")
     assert not list((site / "pyseq").glob("_C*"))
-    assert (site / "pyseq" / "kernels" / "chain" / "triton.py").exists()
+    for source in (ROOT / "kernels").glob("*/*.py"):
+        assert (site / "pyseq" / "kernels" / source.relative_to(ROOT / "kernels")).exists()
     assert (site / "pyseq" / "py.typed").exists()
-    chosen, path = smoke(site, tmp_path).split()
-    assert chosen == "numba"
+    served, path = smoke(site, tmp_path, SERVED).split()
+    assert served == "numba"
     assert Path(path).is_relative_to(site)
+
+
+@pytest.mark.slow
+def test_numba_serves_without_a_compiler(sdist: Path, tmp_path: Path) -> None:
+    assert smoke(install(sdist, tmp_path, PYSEQ_NO_EXT="1"), tmp_path).split()[0] == "numba"
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from pyseq.kernels.common import NLL, PARTITION, SCORE
+from pyseq.kernels.chain import NLL, PARTITION, SCORE
 
 NEG_INF: constexpr = constexpr(float("-inf"))
 LIMIT: constexpr = constexpr(8192.0)  # scores beyond it leave the exp domain

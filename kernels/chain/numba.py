@@ -5,21 +5,16 @@ All in one file: Numba's cache on disk watches only the file of the function tha
 """
 
 import math
-import os
-from typing import Any
 
 import numpy as np
 from numba import njit
 from torch import Tensor
 
-from pyseq.kernels.common import BAD_LENGTH, BAD_TAG, OK, PARTITION, SCORE, reduces
+from pyseq.kernels import OK
+from pyseq.kernels._numba import EXACT, JIT
+from pyseq.kernels.chain import BAD_LENGTH, BAD_TAG, PARTITION, SCORE, Chain, Gradients, reduces
 
-_JIT: dict[str, Any] = {
-    "nogil": True,
-    "cache": os.environ.get("PYSEQ_NUMBA_CACHE", "1") == "1",
-    "error_model": "numpy",
-    "fastmath": {"reassoc", "contract", "nsz", "arcp"},  # keeps -inf and NaN
-}
+__all__ = ["crf", "viterbi"]
 _INF = np.inf
 _LANES = 8  # tags are padded to whole vectors
 _TINY = 1e-200  # a state below this, relative to the step before, may have lost digits to underflow
@@ -29,10 +24,7 @@ _MODEST = 1e4  # sum of squared scores of a step whose exponentials need no shif
 _MAGIC = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
 
 
-_EXACT = {**_JIT, "fastmath": {"contract"}}  # sums as they are written
-
-
-@njit(**_EXACT)  # reassociation would undo the rounding by _MAGIC
+@njit(**EXACT)  # reassociation would undo the rounding by _MAGIC
 def _exp(x):
     """exp for x in [-700, 700], relative error below 1e-15, and 0 below. Branch-free, so that its loops vectorise."""
     shifted = x * 1.4426950408889634 + _MAGIC
@@ -55,7 +47,7 @@ def _exp(x):
     return p * scale if x >= -700.0 else (0.0 if x < -700.0 else x)
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _dot(x, y):
     total = 0.0
     for i in range(x.shape[0]):
@@ -63,7 +55,7 @@ def _dot(x, y):
     return total
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _steps(b, time, mask, lengths, steps):
     """Positions of the live steps of sequence b into `steps`; returns their count, or -1 for a length out of range."""
     if mask.shape[0]:
@@ -78,7 +70,7 @@ def _steps(b, time, mask, lengths, steps):
     return n if n >= 0 and n <= time else -1
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _gold(f, transitions, start, end, tags, steps, n):
     """Score of the path `tags` (of one sequence) over its live steps."""
     score = 0.0
@@ -89,7 +81,7 @@ def _gold(f, transitions, start, end, tags, steps, n):
     return score + np.float64(end[tags[steps[n - 1]]])
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _gold_counts(tags, steps, n, weight, g_em, counts, g_start, g_end):
     for k in range(n):
         y = tags[steps[k]]
@@ -101,7 +93,7 @@ def _gold_counts(tags, steps, n, weight, g_em, counts, g_start, g_end):
     g_end[tags[steps[n - 1]]] += weight
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _lose(steps, n, g_em, pairs, g_start, g_end):
     """NaN in all that a sequence reads."""
     for k in range(n):
@@ -112,7 +104,7 @@ def _lose(steps, n, g_em, pairs, g_start, g_end):
     g_end[:] = np.nan
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _underflowed(a, f, transitions, start, steps, last, num_tags):
     """Whether a state that some path reaches holds 0 at a step up to `last`, as only unreachable states should."""
     reached = np.empty(num_tags, np.bool_)
@@ -132,7 +124,7 @@ def _underflowed(a, f, transitions, start, steps, last, num_tags):
     return False
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _forward(f, weights_in, start, steps, n, num_tags, a, u):
     """Fill a (n, P) with scaled forward vectors and u (n, P) so that a[k] = (a[k-1] @ E) * u[k].
 
@@ -203,7 +195,7 @@ def _forward(f, weights_in, start, steps, n, num_tags, a, u):
     return log_scale - math.log(scales), clean, suspect
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _certified(roundings, log_z, f, start, offset, last):
     """Whether so many roundings are what the contract allows beside log Z, the largest score of a first step f, or the
     largest log sum of paths to a last one, offset less the logs of `last`."""
@@ -216,7 +208,7 @@ def _certified(roundings, log_z, f, start, offset, last):
     return roundings * 2.0**-29 <= 7.0 * size
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _backward(a, u, weights_out, end_weights, steps, n, num_tags, weight, g_em, counts, g_start, g_end):
     """Add the weighted expected counts; `counts` lacks the factor E. False, and nothing added, on lost digits."""
     padded = a.shape[1]
@@ -256,7 +248,7 @@ def _backward(a, u, weights_out, end_weights, steps, n, num_tags, weight, g_em, 
     return True
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _log_sum(terms):
     top = -_INF
     for x in terms:
@@ -269,7 +261,7 @@ def _log_sum(terms):
     return top + math.log(total)
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _bring_to_zero(x):
     """Subtract the largest and return it; 0 where there is none."""
     top = x.max()
@@ -278,7 +270,7 @@ def _bring_to_zero(x):
     return top
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _to_probabilities(x):
     """exp(x) over its sum; zeros where every x is -inf."""
     _bring_to_zero(x)
@@ -290,7 +282,7 @@ def _to_probabilities(x):
         x[j] = 0.0 if total == 0.0 else x[j] / total
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _scored(f, transitions, start, end, steps, n):
     """Whether everything that the sequence reads is a score, which NaN and +inf are not."""
     good = np.all(start < _INF) and np.all(end < _INF) and (n < 2 or np.all(transitions < _INF))
@@ -299,7 +291,7 @@ def _scored(f, transitions, start, end, steps, n):
     return good
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _crossed(f, transitions, start, end, steps, n, num_tags):
     """Whether some feasible path goes through each tag of each step, (n, K). Scores of the others count nowhere."""
     on = np.zeros((n, num_tags), np.bool_)
@@ -320,7 +312,7 @@ def _crossed(f, transitions, start, end, steps, n, num_tags):
     return on
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _top(x, on):
     """The largest of the scores that are on, 0 where there is none."""
     top = -_INF
@@ -330,7 +322,7 @@ def _top(x, on):
     return top if top > -_INF else 0.0
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _top_into(transitions, on, k):
     """The largest transition on a feasible path into step k, 0 where there is none."""
     top = -_INF
@@ -341,7 +333,7 @@ def _top_into(transitions, on, k):
     return top if top > -_INF else 0.0
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _log_forward(f, transitions, start, end, steps, n, num_tags, on, alpha):
     """log Z by the plain recursion, scores counted from the largest of their kind on a feasible path; alpha (n, P)
     filled, every step brought to a maximum of 0."""
@@ -367,7 +359,7 @@ def _log_forward(f, transitions, start, end, steps, n, num_tags, on, alpha):
     return offset + end_top + _log_sum(terms)
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _log_backward(f, transitions, end, steps, n, num_tags, on, alpha, weight, g_em, pairs, g_start, g_end):
     """Add the weighted expected counts by the plain recursion, probabilities divided by their sum: neither the size of
     the scores nor a step that only huge scores cross shows in a posterior."""
@@ -407,7 +399,7 @@ def _log_backward(f, transitions, end, steps, n, num_tags, on, alpha, weight, g_
         beta[:] = before
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _crf(
     emissions,
     transitions,
@@ -548,7 +540,7 @@ def _crf(
     return OK
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _viterbi(emissions, transitions, start, end, mask, lengths, check, scores, path):
     batch, time, num_tags = emissions.shape
     padded = (num_tags + _LANES - 1) // _LANES * _LANES
@@ -628,52 +620,41 @@ def _viterbi(emissions, transitions, start, end, mask, lengths, check, scores, p
 _NO_ROWS = {kind: np.empty((0, 0), kind) for kind in (np.bool_, np.int64)}
 
 
-def _chain(emissions, transitions, start, end, mask, lengths):  # type: ignore[no-untyped-def]
-    batch, time, num_tags = emissions.shape
-    zeros = np.zeros(num_tags, transitions.numpy().dtype)
+def _arrays(chain):  # type: ignore[no-untyped-def]
+    """Emissions, transitions, start, end, mask, lengths; what is not given as zeros, no rows and full lengths."""
+    batch, time, num_tags = chain.emissions.shape
+    zeros = np.zeros(num_tags, chain.transitions.numpy().dtype)
     return (
-        emissions.contiguous().numpy(),
-        transitions.numpy(),
-        zeros if start is None else start.numpy(),
-        zeros if end is None else end.numpy(),
-        _NO_ROWS[np.bool_] if mask is None else mask.numpy(),
-        np.full(batch, time) if lengths is None else lengths.numpy(),
+        chain.emissions.contiguous().numpy(),
+        chain.transitions.numpy(),
+        zeros if chain.start is None else chain.start.numpy(),
+        zeros if chain.end is None else chain.end.numpy(),
+        _NO_ROWS[np.bool_] if chain.mask is None else chain.mask.numpy(),
+        np.full(batch, time) if chain.lengths is None else chain.lengths.numpy(),
     )
 
 
 @reduces
 def crf(
-    emissions: Tensor,
-    transitions: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    tags: Tensor | None,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    weights: Tensor | None,
-    kind: int,
-    check: bool,
-    value: Tensor,
-    grads: list[Tensor] | None,
-    paths: Tensor | None = None,
+    chain: Chain, kind: int, check: bool, value: Tensor, grads: Gradients | None, paths: Tensor | None = None
 ) -> int:
-    """Value and, where `grads` are given, gradients; `paths` (B,) int32 takes 1 where the log domain served."""
-    batch = len(emissions)
-    scores, shared, opening, closing, live, ends = _chain(emissions, transitions, start, end, mask, lengths)
-    none = np.empty((0, 0), shared.dtype)
+    """paths: 0 the scaled domain, 1 the log domain; both in float64."""
+    batch = len(chain.emissions)
+    emissions, transitions, start, end, mask, lengths = _arrays(chain)
+    none = np.empty((0, 0), transitions.dtype)
     if grads is None:
-        out = [np.empty((0, 0, 0), shared.dtype), none, none.reshape(0), none.reshape(0)]
+        out = [np.empty((0, 0, 0), transitions.dtype), none, none.reshape(0), none.reshape(0)]
     else:
         out = [(g if g.is_contiguous() else g.new_empty(g.shape)).numpy() for g in grads]
     status: int = _crf(
-        scores,
-        shared,
-        opening,
-        closing,
-        _NO_ROWS[np.int64] if tags is None else tags.numpy(),
-        live,
-        ends,
-        np.ones(batch, shared.dtype) if weights is None else weights.numpy(),
+        emissions,
+        transitions,
+        start,
+        end,
+        _NO_ROWS[np.int64] if chain.tags is None else chain.tags.numpy(),
+        mask,
+        lengths,
+        np.ones(batch, transitions.dtype) if chain.weights is None else chain.weights.numpy(),
         kind,
         check,
         grads is not None,
@@ -681,24 +662,11 @@ def crf(
         value.numpy(),
         *out,
     )
-    if grads is not None and not grads[0].is_contiguous():
-        grads[0].copy_(grads[0].new_tensor(out[0]))
+    if grads is not None and not grads.emissions.is_contiguous():
+        grads.emissions.copy_(grads.emissions.new_tensor(out[0]))
     return status
 
 
-def viterbi(
-    emissions: Tensor,
-    transitions: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    tags: Tensor | None,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    check: bool,
-    scores: Tensor,
-    path: Tensor,
-) -> int:
-    """Best scores and paths; `tags` is not read."""
-    chain = _chain(emissions, transitions, start, end, mask, lengths)
-    status: int = _viterbi(*chain, check, scores.numpy(), path.numpy())
+def viterbi(chain: Chain, check: bool, scores: Tensor, path: Tensor) -> int:
+    status: int = _viterbi(*_arrays(chain), check, scores.numpy(), path.numpy())
     return status

@@ -15,10 +15,12 @@ import torch
 import triton
 from torch import Tensor
 
+from pyseq.kernels import OK
+from pyseq.kernels.chain import SCORE, Chain, Gradients, reduces
 from pyseq.kernels.chain._triton_backward import crf_bwd_kernel, crf_counts_kernel
 from pyseq.kernels.chain._triton_forward import chain_edges_kernel, crf_fwd_kernel, viterbi_fwd_kernel
-from pyseq.kernels.common import OK, SCORE, reduces
 
+__all__ = ["crf", "viterbi"]
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 FAST, WIDE, LOG = 0, 1, 2  # paths: exp domain at the width of the sums, in float64, log domain
 
@@ -76,21 +78,10 @@ def _launching(like: Tensor) -> Iterator[None]:
 
 @reduces
 def crf(
-    emissions: Tensor,
-    transitions: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    tags: Tensor | None,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    weights: Tensor | None,
-    kind: int,
-    check: bool,
-    value: Tensor,
-    grads: list[Tensor] | None,
-    paths: Tensor | None = None,
+    chain: Chain, kind: int, check: bool, value: Tensor, grads: Gradients | None, paths: Tensor | None = None
 ) -> int:
-    """Fill value (B,) and grads; paths: int32 (B,), FAST, WIDE or LOG, how far each sequence had to go."""
+    """paths: FAST, WIDE or LOG, how far each sequence had to go. Nobody checks here: what is out of range makes NaN."""
+    emissions, transitions, start, end, tags, mask, lengths, weights = chain
     batch, time, num_tags = emissions.shape
     if batch == 0 or time == 0:
         for out in (value, *(grads or ()), *(() if paths is None else (paths,))):
@@ -111,8 +102,22 @@ def crf(
     row = _scratch(emissions, batch, c.KP, dtype=torch.float64)
     steps = None if mask is None else _scratch(emissions, batch, time, dtype=torch.int32)
     paths = _scratch(emissions, batch, dtype=torch.int32) if paths is None else paths
-    chain = (emissions, emissions.stride(0), emissions.stride(1), transitions, start, end, tags)
-    common = (*chain, shift, row, steps, tape, count, paths, time)
+    common = (
+        emissions,
+        emissions.stride(0),
+        emissions.stride(1),
+        transitions,
+        start,
+        end,
+        tags,
+        shift,
+        row,
+        steps,
+        tape,
+        count,
+        paths,
+        time,
+    )
     sizes = {"K": num_tags, "KP": c.KP, "KIND": kind}
     blocks = {"BI": c.BI, "BL": c.BL, "KEEP": c.KEEP, "CHUNK": SCAN, "num_warps": c.num_warps}
     blocks |= REGISTERS if c.num_warps <= 8 else {}
@@ -129,7 +134,7 @@ def crf(
         if grads is None:
             return OK
         ends = _scratch(emissions, batch, 2, num_tags, dtype=dtype)
-        grad = grads[0].zero_()
+        grad = grads.emissions.zero_()
         out = (weights, turned, right, low, grad, grad.stride(0), grad.stride(1), ends)
         crf_bwd_kernel[(batch,)](*common, *out, **sizes, **blocks, **OPTIONS)
         tiles = triton.cdiv(c.KP, c.tile) ** 2
@@ -138,24 +143,13 @@ def crf(
         out = (transitions, tags, weights, edges, steps, tape, right, low, count, paths, parts, batch, time)
         block = {"BK": c.tile, "CHUNK": CHUNK, "num_warps": c.tile_warps}
         crf_counts_kernel[(slots, tiles)](*out, **sizes, **block, **OPTIONS)
-    for share, total in zip((parts, ends[:, 0], ends[:, 1]), grads[1:], strict=True):
-        torch.sum(share, 0, out=total)
+    for shares, total in ((parts, grads.transitions), (ends[:, 0], grads.start), (ends[:, 1], grads.end)):
+        torch.sum(shares, 0, out=total)
     return OK
 
 
-def viterbi(
-    emissions: Tensor,
-    transitions: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    tags: None,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    check: bool,
-    scores: Tensor,
-    path: Tensor,
-) -> int:
-    """Fill scores (B,) and path (B, T)."""
+def viterbi(chain: Chain, check: bool, scores: Tensor, path: Tensor) -> int:
+    emissions, transitions, start, end, _, mask, lengths, _ = chain
     batch, time, num_tags = emissions.shape
     path.fill_(-1)
     if batch == 0 or time == 0:
@@ -165,8 +159,8 @@ def viterbi(
     row = _scratch(emissions, batch, c.KP, dtype=torch.float64)
     steps = None if mask is None else _scratch(emissions, batch, time, dtype=torch.int32)
     back = _scratch(emissions, batch, time, num_tags, dtype=torch.uint8 if num_tags <= 256 else torch.int16)
-    chain = (emissions, emissions.stride(0), emissions.stride(1), transitions, start, end, mask, lengths)
+    given = (emissions, emissions.stride(0), emissions.stride(1), transitions, start, end, mask, lengths)
     blocks = {"K": num_tags, "KP": c.KP, "BI": c.BW, "CHUNK": SCAN, "num_warps": c.num_warps}
     with _launching(emissions):
-        viterbi_fwd_kernel[(batch,)](*chain, row, steps, back, scores, path, time, **blocks, **OPTIONS)
+        viterbi_fwd_kernel[(batch,)](*given, row, steps, back, scores, path, time, **blocks, **OPTIONS)
     return OK

@@ -1,136 +1,188 @@
 """Which backend serves an op on a device, and the reasons of those that do not."""
 
+import contextlib
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
+Name = Literal["reference", "numba", "cpp", "triton"]
 Backend = Literal["auto", "reference", "numba", "cpp", "triton"]
 Op = TypeVar("Op", bound=Callable[..., Any])
-BACKENDS = ("reference", "numba", "cpp", "triton")
-ROOMS: dict[str, "Room"] = {}
+BACKENDS: tuple[Name, ...] = get_args(Name)
+OPS: list[Callable[..., Any]] = []  # every public op, in the order of definition
+OLDEST_TRITON_FOR_AMD = (3, 8)
 
 
-def _constant_when_traced(function: Op) -> Op:
-    """torch.compiler.assume_constant_result, which would import the whole of torch._dynamo (and triton) to say this."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
+@dataclass
+class _Settings:
+    """What the environment said when pyseq was imported, and `use_backend` since."""
+
+    backend: str = os.environ.get("PYSEQ_BACKEND") or "auto"
+    source: str = "PYSEQ_BACKEND"
+    check: bool = os.environ.get("PYSEQ_CHECK") == "1"
 
 
-@dataclass(frozen=True)
-class Room:
-    """A family of ops that share launchers.
+settings = _Settings()
 
-    name: folder of the launchers in `pyseq.kernels`.
-    order: for each device type, the backends `auto` asks, first choice first; other devices get `reference`.
-    limits: the room's own reasons against a backend, where it has any, for inputs like the given (sizes, dtypes).
-    ops: the public functions, as `op` decorated them.
+
+class use_backend(contextlib.ContextDecorator):
+    """What `backend="auto"` means from now on, or inside a `with` block, in the whole process.
+
+    backend: "reference", "numba", "cpp" or "triton", which then serves every op or raises with its reasons; or "auto",
+    each op's own order. Overrides the environment variable PYSEQ_BACKEND. Compiled and exported models obey it too,
+    when they run. Raises ValueError for another name.
     """
 
-    name: str
-    order: dict[str, tuple[str, ...]]
-    limits: dict[str, Callable[[Tensor], list[str]]]
-    ops: list[Callable[..., Any]] = field(default_factory=list)
+    def __init__(self, backend: Backend) -> None:
+        if backend not in get_args(Backend):
+            raise ValueError(f"backend must be {_CHOICES}, got {backend!r}")
+        self._before = settings.backend, settings.source
+        settings.backend, settings.source = backend, "use_backend"
 
-    def __post_init__(self) -> None:
-        ROOMS[self.name] = self
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        settings.backend, settings.source = self._before
+
+
+_CHOICES = f"'auto' or one of {', '.join(BACKENDS)}"
+
+
+@dataclass
+class Backends:
+    """Who may serve an op.
+
+    room: folder of the launchers in `pyseq.kernels`. inputs: NamedTuple of the tensors that the room's launchers take.
+    order: for each device type the compiled backends that "auto" asks, first choice first; the reference comes last,
+    and serves other devices. A backend that is in no order has no kernel for the op.
+    limits: a backend's own reasons against some inputs, of which all but the first tensor may be None.
+    """
+
+    room: str
+    inputs: Callable[..., Any]
+    order: Mapping[str, tuple[Name, ...]]
+    limits: Mapping[str, Callable[[Any], list[str]]] = field(default_factory=dict)
 
     def op(self, function: Op) -> Op:
-        """Decorate a public function of the room, so that `explain` knows it."""
-        function.room = self  # type: ignore[attr-defined]
-        self.ops.append(function)
+        """Decorate a public op, so that `explain` knows it."""
+        function.backends = self  # type: ignore[attr-defined]
+        OPS.append(function)
         return function
 
-    def reasons(self, backend: str, lead: Tensor) -> list[str]:
-        """Why `backend` cannot serve inputs like `lead`; empty where it can."""
-        reasons = _environment(backend, device_type(lead))
-        return self.limits[backend](lead) if not reasons and backend in self.limits else reasons
+    @functools.cached_property
+    def kernels(self) -> frozenset[str]:
+        return frozenset().union(*self.order.values())
 
-    def choose(self, backend: str, lead: Tensor) -> str:
+    def reasons(self, backend: str, inputs: Any) -> list[str]:
+        """Why `backend` cannot serve these inputs; empty where it can."""
+        if backend == "reference":
+            return []
+        if backend not in self.kernels:
+            return [f"there is no {backend} kernel for this op"]
+        reasons = environment(self.room, backend, device_type(inputs))
+        return self.limits[backend](inputs) if not reasons and backend in self.limits else reasons
+
+    def recorded(self, backend: str, inputs: Any) -> str:
+        """What a graph says: the backend as asked for, also "auto", for a better machine may run it. What has no
+        kernels, the reference or a device without an order, is recorded operation by operation."""
+        if backend == "auto":
+            return backend if device_type(inputs) in self.order else "reference"
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be {_CHOICES}, got {backend!r}")
+        return backend
+
+    def choose(self, backend: str, inputs: Any) -> str:
         """The backend that serves, or ValueError with the reasons of the one asked for by name."""
         said = "backend"
         if backend == "auto":
-            backend, said = _variable(_PYSEQ_BACKEND, "auto"), "PYSEQ_BACKEND"
+            backend, said = settings.backend, settings.source
         if backend == "auto":
-            for name in self.order.get(device_type(lead), ("reference",)):
-                if not self.reasons(name, lead):
+            for name in self.order.get(device_type(inputs), ()):
+                if not self.reasons(name, inputs):
                     return name
+            return "reference"
         if backend not in BACKENDS:
-            raise ValueError(f"{said} must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
-        if reasons := self.reasons(backend, lead):
+            raise ValueError(f"{said} must be {_CHOICES}, got {backend!r}")
+        if reasons := self.reasons(backend, inputs):
             raise ValueError(f"{said} {backend!r} cannot serve: {'; '.join(reasons)}")
         return backend
 
 
-def device_type(x: Tensor) -> str:
-    return "cpu" if x.is_cpu else x.device.type  # the second takes six times as long
+def rooms() -> dict[str, list[Callable[..., Any]]]:
+    """The public ops of each room."""
+    found: dict[str, list[Callable[..., Any]]] = {}
+    for op in OPS:
+        found.setdefault(op.backends.room, []).append(op)  # type: ignore[attr-defined]
+    return found
 
 
-_VARIABLES: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]  # a private of CPython's
-_PYSEQ_BACKEND, _PYSEQ_CHECK = map(os.environ.encodekey, ("PYSEQ_BACKEND", "PYSEQ_CHECK"))
+def tensors_in(arguments: Any) -> Iterator[Tensor]:
+    for x in arguments:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from tensors_in(x)
 
 
-@_constant_when_traced
-def _variable(key: Any, default: str) -> str:
-    """os.environ.get, or the default for an empty one; that method raises and catches two errors where the variable is
-    not set, a tenth of a small call."""
-    return (os.environ.decodevalue(_VARIABLES[key]) if key in _VARIABLES else "") or default
+def device_type(inputs: Any) -> str:
+    """Of the first tensor."""
+    lead = inputs[0] if isinstance(inputs[0], Tensor) else next(tensors_in(inputs))
+    return "cpu" if lead.is_cpu else lead.device.type  # the second takes six times as long
 
 
-def checks_forced() -> bool:
-    """PYSEQ_CHECK=1: value checks raise on every device, at the price of a host synchronisation on the GPU."""
-    forced: bool = _variable(_PYSEQ_CHECK, "0") == "1"
-    return forced
+_FOUND: dict[tuple[str, ...], list[str]] = {}
 
 
-_FOUND: dict[str, str] = {}
-
-
-def _missing(module: str) -> str:
-    """Why a module cannot be used ('' where it can), looked up once. Only `_C` is imported; it costs microseconds."""
-    if module not in _FOUND:
-        if module == "pyseq._C":
-            try:
-                importlib.import_module(module)
-                _FOUND[module] = ""
-            except ImportError as error:
-                _FOUND[module] = f"the compiled extension is missing ({error}); reinstall pyseq with a C++ compiler"
-        else:
-            found = importlib.util.find_spec(module) is not None
-            _FOUND[module] = "" if found else f"{module} is not installed"
-    return _FOUND[module]
-
-
-def compiled(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of `pyseq._C`, or `otherwise` where the extension is missing or has no such function."""
-    if not _missing("pyseq._C"):
-        found = getattr(importlib.import_module("pyseq._C"), name, None)
-        if found is not None:
-            return found  # type: ignore[no-any-return]
-        _FOUND["pyseq._C"] = "the compiled extension is older than pyseq; reinstall pyseq"
-    return otherwise
-
-
-@_constant_when_traced
-def _environment(backend: str, device: str) -> list[str]:
+def environment(room: str, backend: str, device: str) -> list[str]:
+    """Why a room's kernels cannot run here, whatever the inputs; looked up once."""
     if backend == "reference":
         return []
+    key = room, backend, device
+    found = _FOUND.get(key)
+    if found is None:
+        reason = _asked(room, backend, device)
+        found = [reason] if reason else []
+        if backend != "triton":  # whose switch may be thrown at any time
+            _FOUND[key] = found
+    return found
+
+
+def _asked(room: str, backend: str, device: str) -> str:
     if backend == "triton":
-        interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
-        if device != "cuda" and not (device == "cpu" and interpreted):
-            return [f"tensors are on {device}, triton needs cuda (or TRITON_INTERPRET=1, for tests)"]
-        reason = _missing("triton")
-    else:
-        if device != "cpu":
-            return [f"tensors are on {device}, {backend} needs cpu"]
-        module = "numba" if backend == "numba" else "pyseq._C"
-        reason = _FOUND[module] if module in _FOUND else _missing(module)
-    return [reason] if reason else []
+        if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+            return f"tensors are on {device}, triton needs cuda (or TRITON_INTERPRET=1, for tests)"
+        return _without("triton") or (_too_old_for_amd() if torch.version.hip else "")
+    if device != "cpu":
+        return f"tensors are on {device}, {backend} needs cpu"
+    if backend == "numba":
+        return _without("numba")
+    try:
+        extension = importlib.import_module("pyseq._C")
+    except ImportError as error:
+        return f"the compiled extension is missing ({error}); reinstall pyseq with a C++ compiler"
+    return "" if hasattr(extension, room) else "the compiled extension is older than pyseq; reinstall pyseq"
+
+
+def _without(module: str) -> str:
+    return "" if importlib.util.find_spec(module) is not None else f"{module} is not installed"
+
+
+def _too_old_for_amd() -> str:
+    version = importlib.metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) >= OLDEST_TRITON_FOR_AMD:
+        return ""
+    return f"triton {version} cannot compile pyseq's kernels for AMD; 3.8, which torch 2.14 brings, can"
 
 
 _LAUNCHERS: dict[tuple[str, str], ModuleType] = {}
@@ -145,8 +197,8 @@ def launcher(room: str, backend: str) -> ModuleType:
 
 
 class Explanation(dict[str, list[str]]):
-    """Backend -> reasons against it (none: it serves). `chosen` is what auto takes; where PYSEQ_BACKEND names one that
-    cannot serve it is empty, and `refusal` says why."""
+    """Backend -> reasons against it (none: it serves). `chosen` is what auto takes; where PYSEQ_BACKEND or
+    `use_backend` names one that cannot serve it is empty, and `refusal` says why."""
 
     chosen: str
     refusal: str = ""
@@ -162,19 +214,21 @@ class Explanation(dict[str, list[str]]):
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """What each backend says to this call of `op`: no reasons means that it serves.
 
-    op: a function of `pyseq.ops`; args, kwargs: as for the call itself (only the first tensor matters).
+    op: a function of `pyseq.ops`; args, kwargs: as for the call itself; those after the first tensor may be left out.
     Returns a dict of backend -> list of reasons, with `chosen`; print it for a table. Raises TypeError for another
-    function, or when no argument is a tensor.
+    function, for arguments that it does not have, or when none of them is a tensor.
     """
-    room = getattr(op, "room", None)
-    if not isinstance(room, Room):
+    backends = getattr(op, "backends", None)
+    if not isinstance(backends, Backends):
         raise TypeError(f"explain needs a function of pyseq.ops, got {op!r}")
-    lead = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-    if lead is None:
+    given = inspect.signature(op).bind_partial(*args, **kwargs).arguments
+    if next(tensors_in(given.values()), None) is None:
         raise TypeError(f"explain({op.__name__}, ...) needs the tensors of the call")
-    out = Explanation({name: room.reasons(name, lead) for name in BACKENDS})
+    names = inspect.signature(backends.inputs).parameters
+    inputs = backends.inputs(**{name: given.get(name) for name in names})
+    out = Explanation({name: backends.reasons(name, inputs) for name in BACKENDS})
     try:
-        out.chosen = room.choose("auto", lead)
+        out.chosen = backends.choose("auto", inputs)
     except ValueError as error:
         out.chosen, out.refusal = "", str(error)
     return out

@@ -4,14 +4,17 @@ Problems, oracles and budgets of a room are in the module of its name. Nothing h
 """
 
 import contextlib
+import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyseq.kernels import _cpu
 from pyseq.ops._backend import launcher
 
 Array = np.ndarray[Any, Any]
@@ -42,9 +45,9 @@ def assert_within(what: str, actual: Tensor, expected: Array, budget: Array | fl
 
 @contextlib.contextmanager
 def launches(room: str, backend: str, wrap: Callable[..., Any]) -> Iterator[None]:
-    """Each launcher `crf` and `viterbi` of a backend replaced by wrap(launcher)."""
+    """Each launcher of a room's backend replaced by wrap(launcher)."""
     module = launcher(room, backend)
-    before = {name: getattr(module, name) for name in ("crf", "viterbi")}
+    before = {name: getattr(module, name) for name in module.__all__}
     for name, launch in before.items():
         setattr(module, name, wrap(launch))
     try:
@@ -52,6 +55,64 @@ def launches(room: str, backend: str, wrap: Callable[..., Any]) -> Iterator[None
     finally:
         for name, launch in before.items():
             setattr(module, name, launch)
+
+
+@contextlib.contextmanager
+def cpu_level(level: int) -> Iterator[None]:
+    """C++ kernels held to an instruction set level, at most what the CPU has; 0: the best."""
+    before, _cpu.LEVEL = _cpu.LEVEL, level
+    try:
+        yield
+    finally:
+        _cpu.LEVEL = before
+
+
+@contextlib.contextmanager
+def guarded(room: str, backend: str) -> Iterator[Iterator[int]]:
+    """Every tensor of a launch in the block lies between guard bands; counts the launches."""
+    count = itertools.count()
+
+    def wrap(launch: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(launch)
+        def guarding(*args: Any) -> int:
+            guard = Guarded()
+
+            def enclose(x: Any) -> Any:
+                if isinstance(x, (list, tuple)):
+                    inner = [enclose(y) for y in x]
+                    return x._make(inner) if hasattr(x, "_make") else inner
+                return guard(x) if isinstance(x, Tensor) else x
+
+            def copy_back(to: Any, found: Any) -> None:
+                if isinstance(to, Tensor):
+                    to.copy_(found)
+                elif isinstance(to, (list, tuple)):
+                    for x, y in zip(to, found, strict=True):
+                        copy_back(x, y)
+
+            inner = enclose(args)
+            status = launch(*inner)
+            guard.check()
+            copy_back(args[1:], inner[1:])  # the first are the inputs
+            next(count)
+            return status
+
+        return guarding
+
+    with launches(room, backend, wrap):
+        yield count
+
+
+def pairwise(cases: Iterable[Any], options: Iterable[Any], every: int = 6) -> list[Any]:
+    """Parameters (case, option) of a test: all cases with the first option, with the others each sixth, every option at
+    other ones. The rest of the product is marked slow."""
+    import pytest
+
+    return [
+        pytest.param(case, option, marks=() if j == 0 or (i + j) % every == 0 else pytest.mark.slow)
+        for i, case in enumerate(cases)
+        for j, option in enumerate(options)
+    ]
 
 
 class Guarded:

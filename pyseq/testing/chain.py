@@ -16,15 +16,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyseq import ops
-from pyseq.kernels.common import NLL, PARTITION, SCORE
-from pyseq.testing import Array, Guarded, assert_within, launches, unit
+from pyseq import explain, ops
+from pyseq.kernels.chain import NLL, PARTITION, SCORE
+from pyseq.kernels.chain import Chain as Inputs
+from pyseq.testing import Array, assert_within, launches, unit
 
 NEG_INF = -math.inf
 KINDS: dict[int, Callable[..., Any]] = {PARTITION: ops.crf_log_partition, NLL: ops.crf_nll, SCORE: ops.crf_score}
 NAMES = ("emissions", "transitions", "start", "end")
 LIVE = ("all", "lengths", "right", "left", "holes", "first", "rows", "none")
 ROOM_FOR_ERROR = 8  # the chain contract: units of 2^-24 (2^-53) of the largest log sum on the way
+
+
+def kinds(target: Any) -> tuple[int, ...]:
+    """What to compute on a target of the suite: Triton's interpreter is slow, and the loss is both others in one."""
+    return (NLL,) if target.interpreted else tuple(KINDS)
+
+
+def smoke() -> str:
+    """A value and a gradient, as a fresh installation must give them; returns the backend that served."""
+    emissions = torch.randn(3, 4, 5, requires_grad=True)
+    ops.crf_log_partition(emissions, torch.zeros(5, 5)).sum().backward()
+    assert emissions.grad is not None
+    torch.testing.assert_close(emissions.grad, emissions.detach().softmax(-1))
+    return explain(ops.crf_log_partition, emissions).chosen
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,10 @@ class Chain:
     tags: Tensor | None = None
     mask: Tensor | None = None
     lengths: Tensor | None = None
+
+    def inputs(self, tagged: bool = True) -> Inputs:
+        """What launchers and raw ops take."""
+        return Inputs(**{**vars(self), "tags": self.tags if tagged else None})
 
     def __call__(self, op: Callable[..., Any], backend: str) -> Any:
         tagged = (self.tags,) if op.__name__ in ("crf_nll", "crf_score") else ()
@@ -379,20 +398,21 @@ class Known:
 
 @contextlib.contextmanager
 def recorded_paths(backend: str, mask: int = 3) -> Iterator[list[Tensor]]:
-    """The `paths` (B,) of every chain launch in the block: 0 is the fast branch, the last number the log domain.
+    """The `paths` (B,) of every launch of a value in the block: 0 is the fast branch, the last number the log domain.
 
     mask: the bits to keep; 4 says whether C++ gave the sequence a vector lane of its own.
     """
     found: list[Tensor] = []
 
     def wrap(launch: Callable[..., int]) -> Callable[..., int]:
-        if getattr(launch, "func", launch).__name__ != "crf":
+        if launch.__name__ != "crf":
             return launch
 
-        @functools.wraps(getattr(launch, "func", launch))
-        def recording(emissions: Tensor, *rest: Any) -> int:
+        @functools.wraps(launch)
+        def recording(inputs: Inputs, *rest: Any) -> int:
+            emissions = inputs.emissions
             found.append(torch.zeros(len(emissions), dtype=torch.int32, device=emissions.device))
-            status = launch(emissions, *rest, paths=found[-1])
+            status = launch(inputs, *rest, paths=found[-1])
             found[-1] &= mask
             return status
 
@@ -400,33 +420,3 @@ def recorded_paths(backend: str, mask: int = 3) -> Iterator[list[Tensor]]:
 
     with launches("chain", backend, wrap):
         yield found
-
-
-@contextlib.contextmanager
-def guarded(backend: str) -> Iterator[Iterator[int]]:
-    """Every tensor of a chain launch in the block lies between guard bands; counts the launches."""
-    count = itertools.count()
-
-    def wrap(launch: Callable[..., int]) -> Callable[..., int]:
-        outputs = 11 if getattr(launch, "func", launch).__name__ == "crf" else 8
-
-        def guarding(*args: Any) -> int:
-            guard = Guarded()
-
-            def enclose(x: Any) -> Any:
-                return [guard(y) for y in x] if isinstance(x, list) else guard(x) if isinstance(x, Tensor) else x
-
-            inner = [enclose(x) for x in args]
-            status = launch(*inner)
-            guard.check()
-            for to, found in zip(args[outputs:], inner[outputs:], strict=True):
-                for x, y in zip(to, found, strict=True) if isinstance(to, list) else [(to, found)]:
-                    if x is not None:
-                        x.copy_(y)
-            next(count)
-            return status
-
-        return guarding
-
-    with launches("chain", backend, wrap):
-        yield count

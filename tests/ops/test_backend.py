@@ -1,5 +1,6 @@
 """Who serves, who does not and why; imports stay light."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 import pyseq
-from pyseq import info, ops
-from pyseq.ops._backend import BACKENDS, ROOMS, Explanation, explain
+from pyseq import ops
+from pyseq.ops import _backend
+from pyseq.ops._backend import BACKENDS, OPS, Backends, Explanation, explain
 from pyseq.testing.chain import Chain, chain, recorded_paths
 
 
@@ -27,7 +29,6 @@ def script(text: str, *flags: str, **environ: str) -> str:
 
 
 def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PYSEQ_BACKEND", raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     problem = small()
     told = explain(ops.crf_nll, problem.emissions, problem.transitions, problem.tags)
@@ -44,9 +45,11 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert explain(ops.viterbi, emissions=problem.emissions).chosen == "cpp"
 
 
-@pytest.mark.parametrize("op", [ops.crf_log_partition, ops.crf_score, ops.crf_nll, ops.crf_marginals, ops.viterbi])
-def test_every_op_belongs_to_a_room(op: object) -> None:
-    assert getattr(op, "room") is ROOMS["chain"]  # noqa: B009
+def test_every_public_op_is_explained() -> None:
+    public = [
+        getattr(ops, name) for name in ops.__all__ if inspect.isfunction(getattr(ops, name)) and name != "explain"
+    ]
+    assert set(public) == set(OPS)
 
 
 def test_explain_needs_an_op_and_tensors() -> None:
@@ -57,56 +60,74 @@ def test_explain_needs_an_op_and_tensors() -> None:
 
 
 def test_auto_takes_the_first_of_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cpp, then numba, then the reference: each disappears in turn."""
-    monkeypatch.delenv("PYSEQ_BACKEND", raising=False)
-    room, lead = ROOMS["chain"], torch.empty(1, 1, 1)
-    assert room.order == {"cpu": ("cpp", "numba", "reference"), "cuda": ("triton", "reference")}
+    """cpp, then numba, then the reference: each disappears in turn. With all inputs at hand, an op's own limits too."""
+    backends: Backends = ops.crf_nll.backends  # type: ignore[attr-defined]
+    inputs = small().inputs()
+    assert backends.order == {"cpu": ("cpp", "numba"), "cuda": ("triton",)}
     gone: list[str] = []
-    plain = type(room).reasons
-    monkeypatch.setattr(type(room), "reasons", lambda self, name, x: ["gone"] if name in gone else plain(self, name, x))
+    plain = Backends.reasons
+    monkeypatch.setattr(Backends, "reasons", lambda self, name, x: ["gone"] if name in gone else plain(self, name, x))
     for expected in ("cpp", "numba", "reference"):
-        assert room.choose("auto", lead) == expected
+        assert backends.choose("auto", inputs) == expected
         gone += [expected] if expected != "reference" else []
     with pytest.raises(ValueError, match="backend 'numba' cannot serve: gone"):
-        room.choose("numba", lead)
-    assert room.choose("auto", torch.empty(1, 1, 1, device="meta")) == "reference"
+        backends.choose("numba", inputs)
+    assert backends.choose("auto", small().to("meta").inputs()) == "reference"
 
 
-def test_environment_overrides_auto_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_use_backend_says_what_auto_means() -> None:
+    """As a context, as a setter, for eager calls and for explain; not for a backend asked for by name."""
     problem = small()
     for backend in ("numba", "cpp"):
         other = {"numba": "cpp", "cpp": "numba"}[backend]
-        monkeypatch.setenv("PYSEQ_BACKEND", backend)
-        with recorded_paths("numba") as numba, recorded_paths("cpp") as cpp:
+        with pyseq.use_backend(backend), recorded_paths("numba") as numba, recorded_paths("cpp") as cpp:  # type: ignore[arg-type]
             problem(ops.crf_log_partition, "auto")
             assert (len(numba), len(cpp)) == ((1, 0) if backend == "numba" else (0, 1))
             problem(ops.crf_log_partition, other)
             assert (len(numba), len(cpp)) == (1, 1)
-        assert explain(ops.viterbi, problem.emissions).chosen == backend
-    monkeypatch.setenv("PYSEQ_BACKEND", "nonsense")
+            assert explain(ops.viterbi, problem.emissions).chosen == backend
+    before = explain(ops.viterbi, problem.emissions).chosen
+    undo = pyseq.use_backend("numba")
+    assert explain(ops.viterbi, problem.emissions).chosen == "numba"
+    undo.__exit__()
+    with pytest.raises(ValueError, match="reduction must be"), pyseq.use_backend("reference"):
+        ops.crf_nll(problem.emissions, problem.transitions, problem.tags, reduction="no")  # type: ignore[arg-type]
+    assert explain(ops.viterbi, problem.emissions).chosen == before
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of reference, numba, cpp, triton, got 'cuda'"):
+        pyseq.use_backend("cuda")  # type: ignore[arg-type]
+
+
+def test_the_environment_is_read_when_pyseq_is_imported() -> None:
+    show = (
+        "import torch, pyseq; told = pyseq.explain(pyseq.ops.viterbi, torch.zeros(1, 1, 2)); print(repr(told.chosen)); "
+    )
+    assert script(show, PYSEQ_BACKEND="numba") == "'numba'"
+    assert script(show, PYSEQ_BACKEND="") == "'cpp'"
     wanted = "PYSEQ_BACKEND must be 'auto' or one of reference, numba, cpp, triton, got 'nonsense'"
-    with pytest.raises(ValueError, match=wanted):
-        problem(ops.viterbi, "auto")
-    assert wanted in info.report()
-    monkeypatch.setenv("PYSEQ_BACKEND", "triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match="PYSEQ_BACKEND 'triton' cannot serve: tensors are on cpu"):
-        problem(ops.viterbi, "auto")
-    told = explain(ops.viterbi, problem.emissions)
-    assert told.chosen == ""
-    assert str(told).splitlines()[-1].startswith("PYSEQ_BACKEND 'triton' cannot serve")
-    monkeypatch.setenv("PYSEQ_BACKEND", "")
-    assert explain(ops.viterbi, problem.emissions).chosen == "cpp"
+    assert wanted in script(f"{show}from pyseq import info; print(info.report())", PYSEQ_BACKEND="nonsense")
+    told = script(show + "print(told)", PYSEQ_BACKEND="triton", TRITON_INTERPRET="0").splitlines()
+    assert told[0] == "''"
+    assert told[-1].startswith("PYSEQ_BACKEND 'triton' cannot serve: tensors are on cpu")
+
+
+def test_triton_says_when_it_is_too_old_for_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for version, reason in (("3.7.1", "triton 3.7.1 cannot compile"), ("3.8.0", ""), ("3.10.0", "")):
+        monkeypatch.setattr("importlib.metadata.version", lambda _, version=version: version)
+        reasons = _backend.environment("chain", "triton", "cuda")
+        assert bool(reasons) == bool(reason)
+        assert not reason or reasons[0].startswith(reason)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert _backend.environment("chain", "triton", "cuda") == []
 
 
 def test_the_cpu_level_is_one_that_exists() -> None:
     assert "kernels use the platform's baseline" in script(
         "import pyseq.info; print(pyseq.info.report())", PYSEQ_CPU_LEVEL="2"
     )
-    tried = "\ntry:\n    pyseq.info.report()\nexcept ValueError as error:\n    print(error)"
-    assert "PYSEQ_CPU_LEVEL must be 2, 3 or 4, or 0 for the best, got 'avx2'" in script(
-        "import pyseq.info" + tried, PYSEQ_CPU_LEVEL="avx2"
-    )
+    tried = "try:\n    import pyseq.info\nexcept ValueError as error:\n    print(error)"
+    wanted = "PYSEQ_CPU_LEVEL must be 2, 3 or 4, or 0 for the best, got 'avx2'"
+    assert script(tried, PYSEQ_CPU_LEVEL="avx2") == wanted
 
 
 def test_a_named_backend_serves_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@
 
 #include "chain.hpp"
 
-namespace pyseq {
+namespace pyseq::chain {
 
 constexpr double kInf = std::numeric_limits<double>::infinity(), kNaN = std::numeric_limits<double>::quiet_NaN();
 
@@ -274,4 +274,4 @@ template <class T> struct Chain {
   }
 };
 
-}  // namespace pyseq
+}  // namespace pyseq::chain

@@ -4,12 +4,12 @@
 // Tapes are (step, tags, lanes) and stay in the cache. The longest sequence comes first.
 #pragma once
 
-#include "chain_common.hpp"
+#include "common.hpp"
 
 namespace {
 
-using pyseq::kDecodeStride;
-using pyseq::kLaneTags;
+using pyseq::chain::kDecodeStride;
+using pyseq::chain::kLaneTags;
 
 constexpr int kLaneTile = PYSEQ_LEVEL == 4 ? 16 : 12;  // vectors of sums held in registers
 constexpr int64_t kCountSteps = 8, kCountFlush = 96;  // steps to a block of counts, and to their move into double

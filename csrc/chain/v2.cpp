@@ -1,4 +1,4 @@
 // The baseline of the platform, whatever it is.
 #define PYSEQ_LEVEL 2
-#include "chain_kernel.hpp"
+#include "kernel.hpp"
 PYSEQ_CHAIN_LEVEL(v2)

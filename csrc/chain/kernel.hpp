@@ -1,8 +1,8 @@
 // All kernels of the chain room, for the instruction set level that the including file sets.
 #pragma once
 
-#include "chain_lanes.hpp"
-#include "chain_rows.hpp"
+#include "lanes.hpp"
+#include "rows.hpp"
 
 #if PYSEQ_LEVEL == 4
 #define PYSEQ_LANES 24, 12
@@ -15,7 +15,7 @@
 #define PYSEQ_LANES_DECODE(T) nullptr
 #endif
 #define PYSEQ_CHAIN_LEVEL(suffix)                                                                                         \
-  namespace pyseq {                                                                                                       \
+  namespace pyseq::chain {                                                                                                \
   template <class T, class C>                                                                                             \
   constexpr ChainSweep<T, C> chain_rows_##suffix = {                                                                      \
       Simd<C>::lanes, kTileVectors, kGroupRows, exponentials<T, C>, rows_scratch_bytes, rows_forward_backward<T, C>};     \

@@ -4,7 +4,7 @@
 // tiles, then one pass over the rows. Tapes are (step, row, padded tags) and stay in the cache.
 #pragma once
 
-#include "chain_common.hpp"
+#include "common.hpp"
 
 namespace {
 

@@ -4,10 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace pyseq {
+#include "status.hpp"
+
+namespace pyseq::chain {
 
 enum Kind { kPartition = 0, kNll = 1, kScore = 2 };
-enum Status { kOk = 0, kBadTag = 1, kBadLength = 2, kUnfit = 3 };
+enum { kBadTag = 1, kBadLength = 2 };  // beside kOk
 enum Reduction { kNone = 0, kSum = 1, kMean = 2 };
 
 // The live steps of one sequence.
@@ -101,4 +103,4 @@ template <class T> struct ChainLevel {
 extern const ChainLevel<float> chain_float_v2, chain_float_v3, chain_float_v4;
 extern const ChainLevel<double> chain_double_v2, chain_double_v3, chain_double_v4;
 
-}  // namespace pyseq
+}  // namespace pyseq::chain

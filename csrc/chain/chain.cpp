@@ -7,11 +7,11 @@
 #include <iterator>
 #include <vector>
 
-#include "chain_sequence.hpp"
+#include "sequence.hpp"
 #include "cpu.hpp"
 #include "parallel.hpp"
 
-namespace pyseq {
+namespace pyseq::chain {
 namespace {
 
 constexpr int64_t kGrain = 1 << 18;  // multiply-adds below which a second thread does not pay
@@ -333,4 +333,4 @@ template int chain_crf<double>(const ChainArgs<double>&);
 template int chain_viterbi<float>(const ChainArgs<float>&);
 template int chain_viterbi<double>(const ChainArgs<double>&);
 
-}  // namespace pyseq
+}  // namespace pyseq::chain

@@ -8,11 +8,14 @@
 
 namespace {
 
-using pyseq::ChainArgs;
-using pyseq::ChainTables;
-using pyseq::GroupResult;
-using pyseq::kGroupRows;
-using pyseq::Row;
+using pyseq::chain::ChainArgs;
+using pyseq::chain::ChainTables;
+using pyseq::chain::GroupResult;
+using pyseq::chain::kGroupRows;
+using pyseq::chain::Row;
+
+constexpr int kTileRows = PYSEQ_LEVEL == 4 ? 8 : 4;     // rows x vectors of a register tile
+constexpr int kTileVectors = PYSEQ_LEVEL == 4 ? 3 : 2;
 
 // A sum over predecessors below kTiny, where the largest predecessor is about 1, may have lost digits to underflow.
 template <class C> constexpr C kTiny = 0;
@@ -112,8 +115,8 @@ static double close_row(
 // Value of a row and, where its marginals are in the gradient already, what else belongs there.
 template <class T>
 static void write_row(const ChainArgs<T>& args, const Row& row, double log_z, double weight, GroupResult& out) {
-  const double value = args.kind == pyseq::kNll ? log_z - row.score : log_z;
-  args.value[row.index] = T(args.kind == pyseq::kNll && value < 0 ? 0.0 : value);
+  const double value = args.kind == pyseq::chain::kNll ? log_z - row.score : log_z;
+  args.value[row.index] = T(args.kind == pyseq::chain::kNll && value < 0 ? 0.0 : value);
   if (!args.grads()) return;
   T* g = args.grad_emissions + row.index * args.grad_stride_batch;
   if (log_z == -__builtin_inf()) {
@@ -125,7 +128,7 @@ static void write_row(const ChainArgs<T>& args, const Row& row, double log_z, do
     out.first[j] += double(g[first + j]);
     out.last[j] += double(g[last + j]);
   }
-  if (args.kind != pyseq::kNll) return;
+  if (args.kind != pyseq::chain::kNll) return;
   const int64_t* labels = args.labels + row.index * args.time;
   for (int64_t k = 0; k < row.length; ++k) {
     const int64_t y = labels[row.step(k)];

@@ -1,0 +1,99 @@
+// The chain room's functions in Python. They take a call's tensors and answer a status.
+#include <string_view>
+
+#include "chain.hpp"
+#include "module.hpp"
+#include "reader.hpp"
+
+namespace py = pybind11;
+
+namespace pyseq::chain {
+namespace {
+
+using py::handle;
+
+// What all chain kernels read.
+struct Inputs {
+  handle emissions, transitions, start, end, tags, mask, lengths, weights;
+};
+
+template <class T> void read_chain(Reader& read, const Inputs& chain, ChainArgs<T>& args) {
+  Tensor x{};
+  args.emissions = read.rows<T>(chain.emissions, 3, x);
+  args.batch = x.size[0], args.time = x.size[1], args.tags = x.size[2];
+  args.stride_batch = x.stride[0], args.stride_time = x.stride[1];
+  args.transitions = read.array<T>(chain.transitions, {args.tags, args.tags});
+  args.start = read.optional<T>(chain.start, {args.tags});
+  args.end = read.optional<T>(chain.end, {args.tags});
+  args.labels = read.optional<int64_t>(chain.tags, {args.batch, args.time});
+  args.mask = read.optional<uint8_t>(chain.mask, {args.batch, args.time});
+  args.lengths = read.optional<int64_t>(chain.lengths, {args.batch});
+  args.weights = read.optional<T>(chain.weights, {args.batch});
+}
+
+// `serve` with a number of the emissions' type.
+template <class F> int by_type(handle emissions, F serve) {
+  Tensor x;
+  if (!view(emissions.ptr(), x)) return kUnfit;
+  return x.type == kDouble ? serve(double{}) : serve(float{});
+}
+
+int crf(
+    handle emissions, handle transitions, handle start, handle end, handle tags, handle mask, handle lengths,
+    handle weights, int kind, std::string_view reduction, bool check, handle value, handle grad_emissions,
+    handle grad_transitions, handle grad_start, handle grad_end, handle paths, int threads, int level) {
+  return by_type(emissions, [&](auto type) -> int {
+    using T = decltype(type);
+    ChainArgs<T> args{};
+    Reader read;
+    read_chain<T>(read, {emissions, transitions, start, end, tags, mask, lengths, weights}, args);
+    args.kind = kind;
+    read.fits &= kind == kPartition || ((kind == kNll || kind == kScore) && !tags.is_none());
+    args.reduction = reduction == "none" ? kNone : reduction == "sum" ? kSum : kMean;
+    read.fits &= args.reduction != kMean || reduction == "mean";
+    args.check = check;
+    args.value = args.reduction == kNone ? read.array<T>(value, {args.batch}) : read.array<T>(value, {});
+    if (!grad_transitions.is_none()) {
+      Tensor x{};
+      args.grad_emissions = read.rows<T>(grad_emissions, 3, x);
+      read.fits = read.fits && x.has_shape({args.batch, args.time, args.tags});
+      args.grad_stride_batch = x.stride[0], args.grad_stride_time = x.stride[1];
+      args.grad_transitions = read.array<T>(grad_transitions, {args.tags, args.tags});
+      args.grad_start = read.array<T>(grad_start, {args.tags});
+      args.grad_end = read.array<T>(grad_end, {args.tags});
+    }
+    args.paths = read.optional<int32_t>(paths, {args.batch});
+    args.threads = threads;
+    args.level = level;
+    if (!read.fits) return kUnfit;
+    const py::gil_scoped_release release;
+    return chain_crf(args);
+  });
+}
+
+int viterbi(
+    handle emissions, handle transitions, handle start, handle end, handle tags, handle mask, handle lengths,
+    handle weights, bool check, handle scores, handle path, int threads, int level) {
+  return by_type(emissions, [&](auto type) -> int {
+    using T = decltype(type);
+    ChainArgs<T> args{};
+    Reader read;
+    read_chain<T>(read, {emissions, transitions, start, end, tags, mask, lengths, weights}, args);
+    args.check = check;
+    args.value = read.array<T>(scores, {args.batch});
+    args.best_path = read.array<int64_t>(path, {args.batch, args.time});
+    args.threads = threads;
+    args.level = level;
+    if (!read.fits) return kUnfit;
+    const py::gil_scoped_release release;
+    return chain_viterbi(args);
+  });
+}
+
+}  // namespace
+}  // namespace pyseq::chain
+
+PYSEQ_ROOM(chain, m) {
+  m.def("crf", &pyseq::chain::crf);
+  m.def("viterbi", &pyseq::chain::viterbi);
+}
