@@ -29,7 +29,7 @@ class Target(NamedTuple):
         """Triton without a GPU: several milliseconds a program and step, so small problems only."""
         return self.backend == "triton" and self.device == "cpu"
 
-    def spare(self, steps: int, most: int = 9) -> None:
+    def spare(self, steps: int, most: int = 6) -> None:
         if self.interpreted and steps > most:
             pytest.skip(f"{steps} steps are too many for triton's interpreter")
 

@@ -1,6 +1,5 @@
 """Which backend serves an op on a device, and the reasons of those that do not."""
 
-import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -35,7 +34,7 @@ class _Settings:
 settings = _Settings()
 
 
-class use_backend(contextlib.ContextDecorator):
+class use_backend:
     """What `backend="auto"` means from now on, or inside a `with` block, in the whole process.
 
     backend: "reference", "numba", "cpp" or "triton", which then serves every op or raises with its reasons; or "auto",

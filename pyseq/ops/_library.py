@@ -111,13 +111,13 @@ class Raw:
     def _make_differentiable(self, name: str, gradient: Formula) -> None:
         count, make = len(self.inputs._fields), self.inputs._make
 
-        def save(ctx: Any, inputs: tuple[Any, ...], options: Any, outputs: tuple[Tensor, ...]) -> None:
+        def save(ctx: Any, inputs: tuple[Any, ...], options: Any, output: Tensor | tuple[Tensor, ...]) -> None:
             ctx.options = options
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs, *outputs[1:])
+            ctx.save_for_backward(*inputs, *(() if isinstance(output, Tensor) else output[1:]))
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            save(ctx, *self._named(inputs), (output,) if isinstance(output, Tensor) else output)
+            save(ctx, *self._named(inputs), output)
 
         def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
             saved = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor only once
@@ -131,9 +131,9 @@ class Raw:
             def forward(ctx: Any, *args: Any) -> Tensor:
                 *tensors, options = args
                 inputs = make(tensors)
-                outputs = self._run(inputs, options)
-                save(ctx, inputs, options, outputs)
-                return outputs[0]  # type: ignore[no-any-return]
+                output = self._run(inputs, options)
+                save(ctx, inputs, options, output)
+                return output if isinstance(output, Tensor) else output[0]  # type: ignore[no-any-return]
 
             @staticmethod
             def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]

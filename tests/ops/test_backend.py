@@ -1,7 +1,9 @@
 """Who serves, who does not and why; imports stay light."""
 
+import importlib.util
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 
 import pyseq
-from pyseq import ops
+from pyseq import info, ops
+from pyseq.kernels import _cpu
 from pyseq.ops import _backend
 from pyseq.ops._backend import BACKENDS, OPS, Backends, Explanation, explain
+from pyseq.testing import cpu_level
 from pyseq.testing.chain import Chain, chain, recorded_paths
 
 
@@ -97,17 +101,29 @@ def test_use_backend_says_what_auto_means() -> None:
         pyseq.use_backend("cuda")  # type: ignore[arg-type]
 
 
-def test_the_environment_is_read_when_pyseq_is_imported() -> None:
-    show = (
-        "import torch, pyseq; told = pyseq.explain(pyseq.ops.viterbi, torch.zeros(1, 1, 2)); print(repr(told.chosen)); "
-    )
-    assert script(show, PYSEQ_BACKEND="numba") == "'numba'"
-    assert script(show, PYSEQ_BACKEND="") == "'cpp'"
-    wanted = "PYSEQ_BACKEND must be 'auto' or one of reference, numba, cpp, triton, got 'nonsense'"
-    assert wanted in script(f"{show}from pyseq import info; print(info.report())", PYSEQ_BACKEND="nonsense")
-    told = script(show + "print(told)", PYSEQ_BACKEND="triton", TRITON_INTERPRET="0").splitlines()
-    assert told[0] == "''"
-    assert told[-1].startswith("PYSEQ_BACKEND 'triton' cannot serve: tensors are on cpu")
+def test_the_environment_is_read_when_pyseq_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the module, imported under each setting, says what "auto" then means."""
+    lead = torch.zeros(1, 1, 2)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    wrong = "PYSEQ_BACKEND must be 'auto' or one of reference, numba, cpp, triton, got 'nonsense'"
+    late = "PYSEQ_BACKEND 'triton' cannot serve: tensors are on cpu"
+    for value, chosen, refusal in (
+        ("", "cpp", ""), ("numba", "numba", ""), ("nonsense", "", wrong), ("triton", "", late)
+    ):  # fmt: skip
+        monkeypatch.setenv("PYSEQ_BACKEND", value)
+        again = importlib.util.module_from_spec(_backend.__spec__)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, again.__name__, again)  # where dataclasses look
+        _backend.__spec__.loader.exec_module(again)  # type: ignore[union-attr]
+        monkeypatch.setitem(sys.modules, again.__name__, _backend)
+        with monkeypatch.context() as patch:
+            patch.setattr(_backend, "settings", again.settings)
+            told = explain(ops.viterbi, lead)
+            assert (told.chosen, told.refusal[: len(refusal)]) == (chosen, refusal)
+            assert refusal in info.report()
+            assert str(told).splitlines()[-1].startswith(refusal)
+            if refusal:
+                with pytest.raises(ValueError, match=re.escape(refusal)):
+                    ops.viterbi(lead, torch.zeros(2, 2))
 
 
 def test_triton_says_when_it_is_too_old_for_amd(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,13 +137,12 @@ def test_triton_says_when_it_is_too_old_for_amd(monkeypatch: pytest.MonkeyPatch)
     assert _backend.environment("chain", "triton", "cuda") == []
 
 
-def test_the_cpu_level_is_one_that_exists() -> None:
-    assert "kernels use the platform's baseline" in script(
-        "import pyseq.info; print(pyseq.info.report())", PYSEQ_CPU_LEVEL="2"
-    )
-    tried = "try:\n    import pyseq.info\nexcept ValueError as error:\n    print(error)"
-    wanted = "PYSEQ_CPU_LEVEL must be 2, 3 or 4, or 0 for the best, got 'avx2'"
-    assert script(tried, PYSEQ_CPU_LEVEL="avx2") == wanted
+def test_the_cpu_level_is_one_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    with cpu_level(2):
+        assert "kernels use the platform's baseline" in info.report()
+    monkeypatch.setenv("PYSEQ_CPU_LEVEL", "avx2")
+    with pytest.raises(ValueError, match="PYSEQ_CPU_LEVEL must be 2, 3 or 4, or 0 for the best, got 'avx2'"):
+        _cpu._wanted_level()
 
 
 def test_a_named_backend_serves_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

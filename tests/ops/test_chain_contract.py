@@ -163,6 +163,12 @@ def raw_arguments(kind: str) -> tuple[Any, ...]:
 RAW = ("plain", "bare", "mask", "lengths", "permuted", "tags first", "windows", "half", "double", "no rows", "no steps")
 
 
+def checks(compiled: bool) -> tuple[str, ...]:
+    """Of `opcheck`; the last compiles, which takes seconds."""
+    every = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    return every if compiled else every[:3]
+
+
 OFTEN = {("plain", "cpp"), ("half", "cpp"), ("permuted", "auto"), ("mask", "numba"), ("no rows", "cpp")}
 
 
@@ -179,7 +185,8 @@ def test_opcheck(kind: str, backend: str) -> None:
     leaves = [x if x is None else x.detach().requires_grad_() for x in scores]
     mean = "mean" if len(scores[0]) else "sum"  # of no rows NaN, which opcheck takes for a difference
     options = (NLL, mean, True, backend)
-    torch.library.opcheck(torch.ops.pyseq.crf_value_and_grad.default, (*leaves, tags, mask, lengths, None, *options))
+    args = (*leaves, tags, mask, lengths, None, *options)
+    torch.library.opcheck(torch.ops.pyseq.crf_value_and_grad.default, args, test_utils=checks(kind == "plain"))
 
 
 @pytest.mark.parametrize("backend", ["cpp", pytest.param("numba", marks=pytest.mark.slow)])
@@ -195,12 +202,13 @@ def test_opcheck_of_other_calls(backend: str) -> None:
         (raw.crf_value_and_grad, *scores, tags, mask, lengths, None, SCORE, "none", True, backend),
         (raw.viterbi, *scores, None, mask, lengths, None, True, backend),
     ):
-        torch.library.opcheck(call.default, tuple(args))
+        torch.library.opcheck(call.default, tuple(args), test_utils=checks(call is raw.viterbi))
 
 
 @quiet_dynamo
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-@on_every
+@pytest.mark.parametrize(
+    ("backend", "reduction"), [*((b, "sum") for b in BACKENDS), ("numba", "mean"), ("cpp", "mean")]
+)
 def test_compile(backend: str, reduction: str) -> None:
     """One graph, forward and backward, the bits of eager; a new T or B compiles nothing."""
     torch.compiler.reset()
