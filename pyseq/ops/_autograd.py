@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,10 +44,10 @@ def refuse_upstream(upstream: Iterable[Tensor | None]) -> None:
     refuse_tangents(upstream)
 
 
-def refuse_tangents(tensors: Iterable[Tensor | None]) -> None:
+def refuse_tangents(inputs: Iterable[Any]) -> None:
     """Raise where a forward-mode derivative would be dropped."""
-    for x in tensors:
-        if x is not None:
+    for x in inputs:
+        if isinstance(x, Tensor):
             primal, tangent = unpack_dual(x)
             if tangent is not None:
                 raise RuntimeError(

@@ -14,6 +14,9 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from pyseq.ops import _torch
+from pyseq.ops._autograd import refuse_tangents, refuse_transforms
+
 Name = Literal["reference", "numba", "cpp", "triton"]
 Backend = Literal["auto", "reference", "numba", "cpp", "triton"]
 Op = TypeVar("Op", bound=Callable[..., Any])
@@ -91,6 +94,17 @@ class Backends:
             return [f"there is no {backend} kernel for this op"]
         reasons = environment(self.room, backend, device_type(inputs))
         return self.limits[backend](inputs) if not reasons and backend in self.limits else reasons
+
+    def way(self, backend: str, inputs: Any) -> tuple[bool, bool, str]:
+        """How a public op is served: whether past the dispatcher; whether values out of range raise, as on the CPU in
+        eager mode; and the backend. Raises where a derivative that ops do not carry would be dropped."""
+        if _torch.plain(inputs):
+            refuse_tangents(inputs)
+            return True, device_type(inputs) == "cpu", self.choose(backend, inputs)
+        if _torch.traced():
+            return False, False, self.recorded(backend, inputs)
+        refuse_transforms()
+        return False, device_type(inputs) == "cpu", self.choose(backend, inputs)
 
     def recorded(self, backend: str, inputs: Any) -> str:
         """What a graph says: the backend as asked for, also "auto", for a better machine may run it. What has no

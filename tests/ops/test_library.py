@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounter
 import pyseq
 from pyseq import ops
 from pyseq.kernels import OK, UNFIT
-from pyseq.ops import _autograd, _backend, _chain, _library, _torch
+from pyseq.ops import _autograd, _backend, _chain, _chain_reference, _library, _torch
 from pyseq.ops._backend import Backends
 from pyseq.ops._library import Raw
 
@@ -77,8 +77,8 @@ def pull_(fast: list[Tensor], slow: list[Tensor], alpha: float, *, backend: str 
     """The toy's public op."""
     with torch.no_grad():
         inputs = Lists(fast, slow)
-        chosen = (BACKENDS.recorded if _torch.traced() else BACKENDS.choose)(backend, inputs)
-        TOY(inputs, Options(alpha, chosen))
+        direct, _, chosen = BACKENDS.way(backend, inputs)
+        TOY(inputs, Options(alpha, chosen), direct)
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +210,7 @@ def without(names: Iterable[str], patch: pytest.MonkeyPatch) -> Any:
             owner, _, last = name.rpartition(".")
             gone.delattr(functools.reduce(getattr, filter(None, owner.split(".")), torch._C), last)
         _torch.__spec__.loader.exec_module(module)  # type: ignore[union-attr]
-    for user in (_autograd, _chain, _library):
+    for user in (_autograd, _backend, _chain, _chain_reference, _library):
         for public in ("plain", "traced", "keeps_graph", "_torch"):
             if hasattr(user, public):
                 patch.setattr(user, public, getattr(module, public, module))
@@ -268,6 +268,6 @@ print(pyseq.explain(pyseq.ops.viterbi, torch.ones(1, 1, 1)).chosen)
 
 
 def test_private_names_stand_in_one_file() -> None:
-    for module in ("_autograd", "_backend", "_check", "_library", "_chain", "chain"):
+    for module in ("_autograd", "_backend", "_check", "_library", "_chain", "_chain_reference", "chain"):
         source = inspect.getsource(__import__(f"pyseq.ops.{module}", fromlist=["_"]))
         assert "torch._" not in source, module

@@ -1,0 +1,151 @@
+"""The chain's reference as a backend: values, gradients of any order, and what is out of range."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyseq.kernels.chain import NLL, PARTITION, Chain, Gradients
+from pyseq.ops._backend import settings
+from pyseq.ops._torch import traced
+from pyseq.reference import chain as reference
+
+
+class ValueOptions(NamedTuple):
+    kind: int  # PARTITION, NLL or SCORE
+    reduction: str
+    check: bool  # whether tags and lengths out of range raise, rather than make their sequence NaN
+    backend: str
+
+
+class PathOptions(NamedTuple):
+    check: bool
+    backend: str
+
+
+def gradients_like(chain: Chain) -> Gradients:
+    """Not filled; the tags of a step lie side by side."""
+    new, num_tags = chain.transitions.new_empty, chain.emissions.size(2)
+    emissions = torch.empty_like(chain.emissions, dtype=chain.transitions.dtype)
+    emissions = emissions if emissions.stride(2) == 1 else emissions.contiguous()
+    return Gradients(emissions, new(num_tags, num_tags), new(num_tags), new(num_tags))
+
+
+def value(chain: Chain, options: ValueOptions) -> Tensor:
+    options = checked(options, chain)
+    scores = chain.emissions, chain.transitions
+    if options.kind == PARTITION:
+        out = reference.crf_log_partition(*scores, chain.start, chain.end, live(chain))
+    else:
+        assert chain.tags is not None
+        serve = reference.crf_nll if options.kind == NLL else reference.crf_score
+        tags = chain.tags.clamp(0, chain.emissions.size(2) - 1)
+        out = serve(*scores, tags, chain.start, chain.end, live(chain))
+    out = out if options.check else out * _one_or_nan(chain)
+    return out if options.reduction == "none" else out.sum() if options.reduction == "sum" else out.mean()
+
+
+def marginals(chain: Chain, options: ValueOptions) -> Tensor:
+    options = checked(options, chain)
+    posteriors = reference.crf_marginals(chain.emissions, chain.transitions, chain.start, chain.end, live(chain))
+    return posteriors if options.check else posteriors * _one_or_nan(chain)[:, None, None]
+
+
+def best_path(chain: Chain, options: PathOptions) -> tuple[Tensor, Tensor]:
+    options = checked(options, chain)
+    scores, tags = reference.viterbi(chain.emissions, chain.transitions, chain.start, chain.end, live(chain))
+    if not options.check:
+        scores = scores * _one_or_nan(chain)
+        tags = tags.masked_fill(scores.isnan().unsqueeze(1), -1)
+    return scores, tags
+
+
+def value_and_grad(chain: Chain, options: ValueOptions) -> tuple[Tensor, ...]:
+    given = {name: x for name in Gradients._fields if (x := getattr(chain, name)) is not None}
+
+    def of(*scores: Tensor) -> Tensor:
+        return value(chain._replace(**dict(zip(given, scores, strict=True))), options)
+
+    out, pull = torch.func.vjp(of, *given.values())[:2]  # below the dispatcher there is no autograd
+    found = dict(zip(given, pull(torch.ones_like(out) if chain.weights is None else chain.weights), strict=True))
+    grads = gradients_like(chain)
+    for name, grad in zip(Gradients._fields, grads, strict=True):
+        grad.copy_(found[name]) if name in found else grad.zero_()
+    return out, *grads
+
+
+def derivatives(
+    chain: Chain, options: ValueOptions, upstream: Tensor | None, ups: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """Gradients in scores and weights, by the reference, of upstream . value + ups . (the gradients of the weighed
+    value); differentiable as often as one likes."""
+    again = torch.is_grad_enabled()  # create_graph=True
+
+    def leaf(x: Tensor | None) -> Any:
+        return (
+            x if x is None or not x.is_floating_point() or (again and x.requires_grad) else x.detach().requires_grad_()
+        )
+
+    with torch.enable_grad():
+        moved = Chain(*map(leaf, chain))
+        out = value(moved, options)
+        outputs, seeds = [out], [torch.zeros_like(out) if upstream is None else upstream]
+        if any(up is not None for up in ups):
+            weighed = out if moved.weights is None else out * moved.weights
+            scores = moved.emissions, moved.transitions, moved.start, moved.end
+            of = [(x, up) for x, up in zip(scores, ups, strict=True) if x is not None and up is not None]
+            first = torch.autograd.grad(weighed.sum(), [x for x, _ in of], create_graph=True, materialize_grads=True)
+            for (_, up), grad in zip(of, first, strict=True):
+                if grad.requires_grad:  # a path's score is linear
+                    outputs, seeds = [*outputs, grad], [*seeds, up]
+        wanted = [x for x, given in zip(moved, chain, strict=True) if given is not None and given.requires_grad]
+        grads = iter(torch.autograd.grad(outputs, wanted, seeds, create_graph=again, allow_unused=True))
+    return [None if x is None or not x.requires_grad else next(grads) for x in chain]
+
+
+def live(chain: Chain) -> Tensor:
+    """(B, T) bool."""
+    batch, time, _ = chain.emissions.shape
+    if chain.mask is not None:
+        return chain.mask  # type: ignore[no-any-return]
+    if chain.lengths is None:
+        return torch.ones(batch, time, dtype=torch.bool, device=chain.emissions.device)
+    return torch.arange(time, device=chain.emissions.device) < chain.lengths.unsqueeze(1)  # type: ignore[no-any-return]
+
+
+def _one_or_nan(chain: Chain) -> Tensor:
+    """(B,), NaN for a sequence with a live tag or a length out of range."""
+    batch, time, num_tags = chain.emissions.shape
+    bad = torch.zeros(batch, dtype=torch.bool, device=chain.emissions.device)
+    if chain.tags is not None:
+        bad |= (((chain.tags < 0) | (chain.tags >= num_tags)) & live(chain)).any(1)
+    if chain.lengths is not None:
+        bad |= (chain.lengths < 0) | (chain.lengths > time)
+    return torch.where(bad, torch.nan, 1.0)
+
+
+def raise_bad_values(chain: Chain) -> None:
+    """Say which value is out of range, and where; synchronises with the host."""
+    _, time, num_tags = chain.emissions.shape
+    if chain.lengths is not None:
+        bad = ((chain.lengths < 0) | (chain.lengths > time)).nonzero()
+        if len(bad):
+            b = int(bad[0])
+            raise ValueError(f"lengths must lie in [0, {time}], got {int(chain.lengths[b])} for sequence {b}")
+    if chain.tags is not None:
+        bad = (((chain.tags < 0) | (chain.tags >= num_tags)) & live(chain)).nonzero()
+        if len(bad):
+            b, t = bad[0].tolist()
+            raise ValueError(
+                f"tags must lie in [0, {num_tags}) at live steps, got {int(chain.tags[b, t])} for sequence {b}, step "
+                f"{t}; mask the step out if it is padding, or tell nn.CRF with `ignored` what the label means"
+            )
+
+
+def checked(options: Any, chain: Chain) -> Any:
+    """With PYSEQ_CHECK=1 everything that runs is checked: here what the CPU's kernels do not check themselves."""
+    options = options._replace(check=options.check or settings.check)
+    if options.check and not traced() and (options.backend == "reference" or not chain.emissions.is_cpu):
+        raise_bad_values(chain)
+    return options
