@@ -1,45 +1,36 @@
 """`python bench [room ...]`: verify, time, and report. `python bench --help` says the rest."""
 
 import argparse
-import importlib.util
 import os
+import runpy
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import _report
+import _rows
 import torch
-from _report import Row
+from _rows import Row
 from _runner import QUICK, Plan, Room, run_case, shown
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 
 
-def rooms_in(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
-
-
 def load(folder: Path, name: str) -> Room:
     """The ROOM that a file declares."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", folder / f"{name}.py")
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{folder / name}.py cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    room: Room = module.ROOM
-    return room
+    return runpy.run_path(str(folder / f"{name}.py"))["ROOM"]  # type: ignore[no-any-return]
 
 
 def against(room: Room, peer: str) -> Room:
     """Ours and one peer, which becomes the baseline."""
-    theirs = {p.name.lower(): p for p in room.providers if not p.ours}
-    if peer.lower() not in theirs:
+    theirs = {p.name.lower(): p for p in room.providers if p.backend is None}
+    found = theirs.get(peer.lower())
+    if found is None:
         raise ValueError(f"--against {peer}: no such peer; there are {', '.join(p.name for p in theirs.values())}")
-    kept = [p for p in room.providers if p.ours or p is theirs[peer.lower()]]
-    modes = [mode for mode in room.modes if mode.name in theirs[peer.lower()].setups]
-    return replace(room, providers=kept, modes=modes, baseline=theirs[peer.lower()].name)
+    kept = [p for p in room.providers if p.backend or p is found]
+    return replace(room, providers=kept, modes=[m for m in room.modes if m.name in found.setups], baseline=found.name)
 
 
 def measure(name: str, room: Room, device: str, quick: bool) -> list[Row]:
@@ -61,11 +52,11 @@ def measure(name: str, room: Room, device: str, quick: bool) -> list[Row]:
 
             found = run_case(name, room, workload, mode, device, plan, tick)
             for row in found:
-                if row.status.startswith("unavailable") and row.status not in refused:
+                if row.missing and row.status not in refused:
                     refused.add(row.status)
                     tqdm.write(f"{row.provider} {row.status}", file=sys.stdout)
-            tqdm.write(f"\n{_report.case_table(found)}", file=sys.stdout)
-            rows += [row for row in found if not row.status.startswith("unavailable")]
+            tqdm.write(f"\n{_rows.case_table(found)}", file=sys.stdout)
+            rows += [row for row in found if not row.missing]
     return rows
 
 
@@ -83,15 +74,15 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="for torch and for ours; torch's own number by default")
     parser.add_argument("--against", metavar="PEER", help="only ours and this peer, which becomes the baseline")
     parser.add_argument("--csv", type=Path, help="where rows are updated; bench/results/<room>.csv by default")
-    parser.add_argument("--plot", action="store_true", help="redraw docs/<room>-*.png from the CSV after the run")
-    parser.add_argument("--report", action="store_true", help="measure nothing; redo README, docs, plots from the CSVs")
+    parser.add_argument("--plot", action="store_true", help="redraw docs/bench.png from the committed CSVs")
+    parser.add_argument("--report", action="store_true", help="measure nothing; redo README, docs, plot from the CSVs")
     parser.add_argument("--list", action="store_true", help="measure nothing; list rooms, workloads and providers")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None, folder: Path = HERE, root: Path = HERE.parent) -> int:
     args = options(argv)
-    known = rooms_in(folder)
+    known = sorted(path.stem for path in folder.glob("[!_]*.py"))
     if unknown := [name for name in args.room if name not in known]:
         print(f"no room {', '.join(unknown)}; there are: {', '.join(known) or 'none'}", file=sys.stderr)
         return 2
@@ -101,29 +92,27 @@ def main(argv: Sequence[str] | None = None, folder: Path = HERE, root: Path = HE
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     red: list[Row] = []
-    for name in args.room or known:
-        path = args.csv or folder / "results" / f"{name}.csv"
-        try:
+    try:
+        for name in () if args.report else args.room or known:
             room = load(folder, name)
             if args.list:
                 print(listing(name, room))
                 continue
-            room = against(room, args.against) if args.against else room
-            if not args.report:
-                rows = measure(name, room, args.device, args.quick)
-                red += [row for row in rows if row.red]
-                if args.csv is not None or not args.quick:
-                    _report.upsert(path, rows)
-                    print(f"rows written to {path}")
-            if args.plot or args.report:
-                kept = [row for row in _report.read(path) if row.room == name]
-                images = _report.plots(name, room.baseline, kept, root / "docs")
-                print("drawn:", *images)
-                if args.report:
-                    _report.rewrite(root, name, room.baseline, room.objection, kept, images)
-        except ValueError as error:
-            print(error, file=sys.stderr)
-            return 2
+            rows = measure(name, against(room, args.against) if args.against else room, args.device, args.quick)
+            red += [row for row in rows if row.red]
+            if args.csv is not None or not args.quick:
+                path = args.csv or folder / "results" / f"{name}.csv"
+                _rows.upsert(path, rows)
+                print(f"rows written to {path}")
+        if args.plot or args.report:
+            files = {name: folder / "results" / f"{name}.csv" for name in known}
+            measured = {name: (load(folder, name), _rows.read(path)) for name, path in files.items() if path.exists()}
+            _report.draw(root, measured)
+            if args.report:
+                _report.write(root, measured)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     for row in red:
         print(f"RED {row.room} {row.mode} {row.workload} {row.provider}: {row.status}", file=sys.stderr)
     return 1 if red else 0

@@ -12,7 +12,6 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -24,50 +23,42 @@ import torch
 
 from pyseq.info import cpu_name
 
-CACHE_LINES = 1 << 24  # floats in each buffer of torch's copy: 64 MiB
 STATUS = Path("/proc/self/status")
 
 
 def fma_peak(device: str, seconds: float) -> float:
     """float32 multiply-adds per second, at torch's number of threads."""
-    compiled = _compiled()
-    if device == "cpu" and compiled is not None:
+    if (compiled := _compiled(device)) is not None:
         return float(compiled.fma_peak(torch.get_num_threads(), seconds))
     size = 512 if device == "cpu" else 4096
     a, b = torch.ones(2, size, size, device=device)
-    return size**3 / _fastest(lambda: a @ b, device, seconds)
+    return size**3 / min(time_block(lambda: a @ b, device, seconds, least=2))
 
 
 def copy_bandwidth(device: str, seconds: float) -> float:
     """Bytes read plus written per second between buffers past the last-level cache."""
-    compiled = _compiled()
-    if device == "cpu" and compiled is not None:
+    if (compiled := _compiled(device)) is not None:
         return float(compiled.copy_bandwidth(torch.get_num_threads(), seconds))
     a, b = _buffers(device)
-    return 2 * a.nbytes / _fastest(lambda: b.copy_(a), device, seconds)
+    return 2 * a.nbytes / min(time_block(lambda: b.copy_(a), device, seconds, least=2))
 
 
 def limit_source(device: str) -> str:
-    return "pyseq._C" if device == "cpu" and _compiled() is not None else "torch sgemm and copy_"
+    return "torch sgemm and copy_" if _compiled(device) is None else "pyseq._C"
 
 
 @cache
-def _compiled() -> Any:
+def _compiled(device: str) -> Any:
     try:
-        return importlib.import_module("pyseq._C")
+        return importlib.import_module("pyseq._C") if device == "cpu" else None
     except ImportError:
         return None
 
 
 @cache
 def _buffers(device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    lines = CACHE_LINES if device == "cpu" else 16 * CACHE_LINES
-    return torch.zeros(lines, device=device), torch.ones(lines, device=device)
-
-
-def _fastest(call: Callable[[], Any], device: str, seconds: float) -> float:
-    call()
-    return min(time_block(call, device, seconds))
+    size = 1 << (24 if device == "cpu" else 28)  # 64 MiB and 1 GiB
+    return torch.zeros(size, device=device), torch.ones(size, device=device)
 
 
 def time_block(call: Callable[[], Any], device: str, seconds: float, least: int = 1) -> list[float]:
@@ -100,11 +91,12 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(call: Callable[[], Any], device: str) -> tuple[int | None, str]:
-    """Bytes that one call needs at its height beyond what was there before, its results included; and how measured.
+def peak_memory(call: Callable[[], Any], device: str) -> int | None:
+    """Bytes that one call needs at its height beyond what was there before, its results included.
 
-    On Linux the growth of the resident set to its high-water mark, reset before the call, after free heap pages were
-    given back to the system: it sees every allocator (torch, C++, NumPy), to about 0.3 MB. On CUDA torch's own counter.
+    On the CPU the growth of the resident set to its high-water mark, reset before the call, after free heap pages were
+    given back to the system: it sees every allocator (torch, C++, NumPy), to about 0.3 MB; None without Linux or glibc.
+    On CUDA torch's own counter.
     """
     gc.collect()
     if device != "cpu":
@@ -113,16 +105,16 @@ def peak_memory(call: Callable[[], Any], device: str) -> tuple[int | None, str]:
         before = torch.cuda.memory_allocated()
         call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, "max_memory_allocated"
+        return torch.cuda.max_memory_allocated() - before
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present
     except (OSError, AttributeError):
         call()
-        return None, "not measured: needs Linux with glibc"
+        return None
     before = _status("VmRSS")
     call()
-    return max(0, _status("VmHWM") - before), "resident set high-water mark"
+    return max(0, _status("VmHWM") - before)
 
 
 def _status(field: str) -> int:
@@ -140,21 +132,18 @@ def caps(seconds: float, memory: int, device: str) -> Iterator[None]:
     def late(signum: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"over {seconds:g} s a call")
 
-    alarmed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if STATUS.exists() and device == "cpu":
         ceiling = _status("VmSize") + memory
         resource.setrlimit(resource.RLIMIT_AS, (ceiling if hard < 0 else min(ceiling, hard), hard))
-    previous = signal.signal(signal.SIGALRM, late) if alarmed else None
-    if alarmed:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+    previous = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        if alarmed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def version(package: str) -> str:
@@ -178,7 +167,7 @@ def machine(device: str) -> dict[str, str]:
         "numba": version("numba"),
         "commit": _commit(),
         "load": f"{os.getloadavg()[0]:.1f}",
-        "date": time.strftime("%Y-%m-%d"),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
     }
 
 

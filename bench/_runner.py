@@ -1,27 +1,29 @@
-"""What a room declares (Room and its parts) and how it is measured (run): verify every provider, then time them
-interleaved.
+"""What a room declares (Room and its parts) and how a case is measured: every provider is verified, then all are timed
+in turns."""
 
-A row's speed-up is the geometric mean, over the rounds that both ran in, of the baseline's median over the provider's
-within one round; its interval is Student's at 95 % over the rounds' logarithms.
-"""
-
+import contextlib
 import gc
+import importlib
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from _limits import caps, copy_bandwidth, fma_peak, limit_source, machine, peak_memory, synchronize, time_block, version
-from _report import Row
+from _rows import Row, over
 from torch import Tensor
+
+import pyseq
+from pyseq.ops._backend import BACKENDS, Name, settings
+from pyseq.testing import cpu_level
 
 Tensors = dict[str, Tensor]  # inputs, and what is compared of outputs
 Call = Callable[[], Any]
 BLOCK = 0.02  # seconds of repeats in a round
 BAND = torch.finfo(torch.float32).eps  # one rounding
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # by degrees of freedom; the last serves beyond
+PATIENCE = 300.0  # seconds for the first call of ours, which may compile, and of the baseline: without it no ratios
 
 
 class Unavailable(Exception):
@@ -46,47 +48,66 @@ class Work:
     bytes: float
 
 
-def _same(inputs: Tensors, result: Any) -> Tensors:
-    return result  # type: ignore[no-any-return]
-
-
 @dataclass(frozen=True)
 class Mode:
-    """One thing to compute.
-
-    oracle: float64 inputs -> the outputs that every provider is compared with.
-    plain: float32 inputs -> a result from plain torch, read by view; every provider's budget is twice its error and one
-    rounding. Outputs whose names share their first word ("grad emissions", "grad start") share the largest of their
-    budgets.
-    work: inputs -> Work. view: (float64 inputs, a provider's result) -> outputs named as the oracle's.
-    """
+    """One thing to compute. oracle: float64 inputs -> the outputs that every provider is compared with. plain: float32
+    inputs -> a result from plain torch, read by view; every provider's budget is twice its error and one rounding, the
+    largest among outputs whose names share their first word ("grad emissions", "grad start"). work: inputs -> Work.
+    view: (float64 inputs, a provider's result) -> outputs named as the oracle's."""
 
     name: str
     oracle: Callable[[Tensors], Tensors]
     plain: Callable[[Tensors], Any]
     work: Callable[[Tensors], Work]
-    view: Callable[[Tensors, Any], Tensors] = _same
+    view: Callable[[Tensors, Any], Tensors] = lambda inputs, result: result
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Somebody who computes.
-
-    setups: mode -> setup; a setup takes the inputs and returns a call without arguments whose result `Mode.view` reads.
-    package: the distribution whose version the row names. yardstick: the mode it computes instead, against whose oracle
-    it is checked; its time is shown for scale.
-    """
+    """Somebody who computes. package: the distribution whose version the row names. setups: mode -> setup, which takes
+    the inputs and returns a call without arguments whose result `Mode.view` reads. backend: of pyseq, in force during
+    setup and calls; what has one is ours. level: of its C++ kernels. yardstick: the mode it computes instead, against
+    whose oracle it is checked; its time is shown for scale, and it is no rival."""
 
     name: str
     package: str
-    setups: dict[str, Callable[[Tensors], Call]]
-    ours: bool = False
+    setups: Mapping[str, Callable[[Tensors], Call]]
+    backend: Name | None = None
+    level: int = 0
     yardstick: Mode | None = None
+
+    @property
+    def typical(self) -> bool:
+        """Whether it stands for its backend: not a variant of the call, nor at a lower level."""
+        return self.name == f"pyseq {self.backend}"
+
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator[None]:
+        if self.level and self.level >= importlib.import_module("pyseq._C").cpu_level():
+            raise Unavailable("this CPU has no higher level")
+        with pyseq.use_backend(self.backend or settings.backend), cpu_level(self.level):  # type: ignore[arg-type]
+            yield
+
+
+def ours(
+    setups: Mapping[str, Callable[[Tensors], Call]], *backends: Name, variant: str = "", level: int = 0
+) -> Iterator[Provider]:
+    """`pyseq <backend><variant>` for each backend, or for all."""
+    for backend in backends or BACKENDS:
+        yield Provider(f"pyseq {backend}{variant}", "pyseq", setups, backend, level)
+
+
+def serving(op: Callable[..., Any], *args: Any) -> str:
+    """For setups: the backend in force, or Unavailable with its reasons against this call of an op."""
+    if reasons := pyseq.explain(op, *args)[settings.backend]:
+        raise Unavailable("; ".join(reasons))
+    return settings.backend
 
 
 @dataclass(frozen=True)
 class Room:
-    """workloads x modes, by whom, in which unit, against whom; and the fairest objection to its table."""
+    """workloads x modes, by whom, in which unit, against whom. headlines: an op in users' words -> the mode and the
+    workload that stand for it in the README. objection: the fairest one to them."""
 
     workloads: Sequence[Workload]
     inputs: Callable[[Workload, str], Tensors]  # workload, device -> tensors, the same ones every time
@@ -94,13 +115,14 @@ class Room:
     providers: Sequence[Provider]
     unit: str
     baseline: str
+    headlines: Mapping[str, tuple[str, str]]
     objection: str
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much time a run may take. rounds: of the interleaving; seconds: of one provider's repeats in a case;
-    call_seconds, memory: what one call may take before it counts as not finished."""
+    """rounds: of the interleaving; seconds: of one provider's repeats in a case; call_seconds, memory: what one call
+    may take before it counts as not finished."""
 
     rounds: int = 12
     seconds: float = 20.0
@@ -112,23 +134,20 @@ QUICK = Plan(rounds=6, seconds=1.5, call_seconds=5.0, memory=4 << 30)
 
 
 def deviation(found: Tensors, truth: Tensors) -> dict[str, tuple[float, float]]:
-    """Of each output: largest error over largest magnitude, and norm of error over norm; inf where NaN or misshapen.
-
-    A scalar stands for the sum of the oracle's values and may err as the worst of them.
-    """
+    """Of each output: largest error over largest magnitude, and norm of error over norm; inf where NaN or misshapen. A
+    scalar stands for the sum of the oracle's values and may err as the worst of them."""
     out = {}
     for name, expected in truth.items():
         got = found[name].detach().to(expected.device, torch.float64)
         expected = expected.detach().double()
         if got.dim() == 0 and expected.dim() == 1:
             expected = expected.sum()
-        if got.shape != expected.shape:
-            out[name] = (math.inf, math.inf)
-            continue
-        error = got - expected
-        pairs = (error.abs().max(), expected.abs().max()), (error.norm(), expected.norm())
-        worst, norm = (float(a / b) if b > 0 else float(a) for a, b in pairs)
-        out[name] = (math.inf, math.inf) if math.isnan(norm) else (worst, norm)
+        out[name] = math.inf, math.inf
+        if got.shape == expected.shape and not got.isnan().any():
+            error = got - expected
+            pairs = (error.abs().max(), expected.abs().max()), (error.norm(), expected.norm())
+            worst, norm = (float(a / b) if b > 0 else float(a) for a, b in pairs)
+            out[name] = worst, norm
     return out
 
 
@@ -160,22 +179,14 @@ class Check:
         return f"wrong: {wrong[0]}" if wrong else "ok", *largest
 
 
-def interval(logs: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Geometric mean and its 95 % interval; none from a single round."""
-    mean = statistics.fmean(logs)
-    if len(logs) < 2:
-        return math.exp(mean), None, None
-    half = T95[min(len(logs) - 1, len(T95)) - 1] * statistics.stdev(logs) / math.sqrt(len(logs))
-    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
-
-
 @dataclass
 class Contender:
     """A provider that passed its check: the call, what one takes, and the times of each round."""
 
+    provider: Provider
     call: Call
     estimate: float
-    baseline: bool
+    baseline: bool = False  # always met, however slow
     times: dict[int, list[float]] = field(default_factory=dict)
 
     def every(self, plan: Plan) -> int:
@@ -188,15 +199,16 @@ class Contender:
     def run_round(self, index: int, device: str) -> None:
         """One untimed call, where that is not dear, then the block: of three calls or more where that is not dear
         either, for the median of fewer is that of one stall of the machine."""
-        if self.estimate < 1:
-            self.call()
-        synchronize(device)
-        gc.collect()
-        gc.disable()
-        try:
-            self.times[index] = time_block(self.call, device, BLOCK, least=3 if self.estimate < 10 * BLOCK else 1)
-        finally:
-            gc.enable()
+        with self.provider.in_force():
+            if self.estimate < 1:
+                self.call()
+            synchronize(device)
+            gc.collect()
+            gc.disable()
+            try:
+                self.times[index] = time_block(self.call, device, BLOCK, least=3 if self.estimate < 10 * BLOCK else 1)
+            finally:
+                gc.enable()
 
 
 def admit(provider: Provider, check: Check, inputs: Tensors, plan: Plan, row: Row) -> tuple[Row, Contender | None]:
@@ -205,22 +217,22 @@ def admit(provider: Provider, check: Check, inputs: Tensors, plan: Plan, row: Ro
     def fresh() -> Call:
         return provider.setups[row.mode]({name: x.clone() for name, x in inputs.items()})
 
-    patience = 10 if provider.ours or provider.name == row.baseline else 1  # ours may compile; no baseline, no ratios
+    needed = row.ours or provider.name == row.baseline
     try:
-        with caps(plan.call_seconds * patience, plan.memory, row.device):
-            call = fresh()
-            result = call()
-            synchronize(row.device)
-        status, error, budget = check(result)
-        del result
-        row = replace(row, status=status, error=error, budget=budget)
-        if status != "ok":
-            return row, None
-        estimate: list[float] = []
-        other = fresh()  # one that holds no gradients yet
-        memory, method = peak_memory(lambda: estimate.extend(time_block(other, row.device, 0)), row.device)
-        row = replace(row, memory=memory, memory_method=method)
-        return row, Contender(call, estimate[0], row.provider == row.baseline)
+        with provider.in_force():
+            with caps(PATIENCE if needed else plan.call_seconds, plan.memory, row.device):
+                call = fresh()
+                result = call()
+                synchronize(row.device)
+            status, error, budget = check(result)
+            del result
+            row = replace(row, status=status, error=error, budget=budget)
+            if status != "ok":
+                return row, None
+            estimate: list[float] = []
+            other = fresh()  # one that holds no gradients yet
+            memory = peak_memory(lambda: estimate.extend(time_block(other, row.device, 0)), row.device)
+        return replace(row, memory=memory), Contender(provider, call, estimate[0], provider.name == row.baseline)
     except (Unavailable, ImportError) as error:
         return replace(row, status=f"unavailable: {error}"), None
     except (TimeoutError, MemoryError, torch.OutOfMemoryError) as error:
@@ -245,17 +257,20 @@ def run_case(
         tick(provider.name)
         if mode.name not in provider.setups:
             continue
-        row = replace(blank, provider=provider.name, version=version(provider.package), ours=provider.ours)
-        own = check if provider.yardstick is None else Check.of(provider.yardstick, inputs)
+        row = replace(blank, provider=provider.name, version=version(provider.package), ours=bool(provider.backend))
+        own = Check.of(provider.yardstick, inputs) if provider.yardstick else check
         rows[provider.name], contender = admit(provider, own, inputs, plan, row)
         if contender is not None:
             contenders[provider.name] = contender
     peaks = interleave(contenders, device, plan, tick)
     work = mode.work(inputs)
-    yardsticks = {provider.name for provider in room.providers if provider.yardstick is not None}
     for who, contender in contenders.items():
-        row = timed_row(rows[who], contender, contenders.get(room.baseline), work.units)
-        rows[who] = row if who in yardsticks else limited_row(row, work, *peaks, source=limit_source(device))
+        rows[who] = timed_row(rows[who], contender, work, *peaks)
+    if room.baseline in contenders:
+        base = rows[room.baseline]
+        for who in contenders:
+            ratio, low, high = over(rows[who], base)
+            rows[who] = replace(rows[who], ratio=ratio, ratio_low=low, ratio_high=high)
     return list(rows.values())
 
 
@@ -276,25 +291,18 @@ def interleave(
     return max(peaks[0]), max(peaks[1])
 
 
-def timed_row(row: Row, contender: Contender, baseline: Contender | None, units: float) -> Row:
+def timed_row(row: Row, contender: Contender, work: Work, fma: float, copy: float) -> Row:
+    """With its times, and the limits for this work; a yardstick does another."""
     times = [t for block in contender.times.values() for t in block]
     q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-    row = replace(row, median=median, q1=q1, q3=q3, throughput=units / median)
-    row = replace(row, n=len(times), rounds=len(contender.times))
-    if baseline is None:
+    by_round = {index: statistics.median(block) for index, block in contender.times.items()}
+    row = replace(row, median=median, q1=q1, q3=q3, n=len(times), rounds=len(by_round), by_round=by_round)
+    row = replace(row, throughput=work.units / median)
+    if contender.provider.yardstick is not None:
         return row
-    shared = contender.times.keys() & baseline.times.keys()
-    logs = [math.log(statistics.median(baseline.times[r]) / statistics.median(contender.times[r])) for r in shared]
-    ratio, low, high = interval(logs)
-    return replace(row, ratio=ratio, ratio_low=low, ratio_high=high)
-
-
-def limited_row(row: Row, work: Work, fma: float, copy: float, source: str) -> Row:
-    assert row.median is not None
-    at_fma, at_copy = work.fmas / fma, work.bytes / copy
-    nearest, least = ("fma", at_fma) if at_fma >= at_copy else ("copy", at_copy)
-    row = replace(row, limit=nearest, of_limit=least / row.median, units_at_limit=work.units / least)
-    return replace(row, fma_per_s=fma, copy_bytes_per_s=copy, limit_source=source)
+    nearest, least = max(("fma", work.fmas / fma), ("copy", work.bytes / copy), key=lambda bound: bound[1])
+    row = replace(row, limit=nearest, of_limit=least / median, units_at_limit=work.units / least)
+    return replace(row, fma_per_s=fma, copy_bytes_per_s=copy, limit_source=limit_source(row.device))
 
 
 def shown(sizes: dict[str, int]) -> str:

@@ -1,37 +1,29 @@
 """Linear-chain CRF: a training step and a decode, against pytorch-crf, torch-struct and cross-entropy."""
 
-import importlib
-import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from _runner import Call, Mode, Provider, Room, Tensors, Unavailable, Work, Workload
+from _runner import Call, Mode, Provider, Room, Tensors, Unavailable, Work, Workload, ours, serving
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-import pyseq
-from pyseq import ops
-from pyseq.nn import CRF
-from pyseq.ops._backend import launcher
+from pyseq import nn, ops
 from pyseq.reference import chain as reference
 
 PARAMETERS = ("transitions", "start", "end")
 GRADIENTS = ("grad emissions", *(f"grad {name}" for name in PARAMETERS))
 
 
-def workload(name: str, batch: int, time: int, tags: int, quick: bool = False) -> Workload:
-    return Workload(name, {"B": batch, "T": time, "K": tags}, quick)
-
-
 WORKLOADS = (
-    workload("tiny", 1, 2, 2),  # what a call costs before it computes
-    workload("ner", 64, 256, 9, quick=True),  # CoNLL-2003 tags in BIO, paragraphs
-    workload("ner-small", 32, 128, 9, quick=True),  # the same, sentences
-    workload("pos", 64, 128, 32, quick=True),  # part of speech
-    workload("fine", 32, 128, 128),  # fine-grained entities, morphology
-    workload("wide", 16, 64, 512),  # supertags
-    workload("long", 4, 16384, 9),  # documents, genomes, audio frames
+    Workload("tiny", {"B": 1, "T": 2, "K": 2}),  # what a call costs before it computes
+    Workload("ner", {"B": 64, "T": 256, "K": 9}, quick=True),  # CoNLL-2003 tags in BIO, paragraphs
+    Workload("ner-small", {"B": 32, "T": 128, "K": 9}, quick=True),  # the same, sentences
+    Workload("pos", {"B": 64, "T": 128, "K": 32}, quick=True),  # part of speech
+    Workload("fine", {"B": 32, "T": 128, "K": 128}),  # fine-grained entities, morphology
+    Workload("wide", {"B": 16, "T": 64, "K": 512}),  # supertags
+    Workload("long", {"B": 4, "T": 16384, "K": 9}),  # documents, genomes, audio frames
 )
 
 
@@ -134,69 +126,49 @@ def step(loss: Callable[[], Tensor], emissions: Tensor, *parameters: Tensor) -> 
     return call
 
 
-def fill(crf: Any, x: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies the scores into a module of either library; returns its parameters in our order."""
+def filled(library: Any, x: Tensors) -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
+    """The CRF of either library with these scores, and its parameters in our order."""
+    crf = library.CRF(x["transitions"].size(0), batch_first=True).to(x["emissions"].device)
     parameters = crf.transitions, crf.start_transitions, crf.end_transitions
     with torch.no_grad():
         for parameter, name in zip(parameters, PARAMETERS, strict=True):
             parameter.copy_(x[name])
-    return parameters
+    return crf, parameters
 
 
-def ours(backend: str, lists: bool = True, level: int = 0) -> dict[str, Callable[[Tensors], Call]]:
-    """`pyseq.nn.CRF` on one backend, which each call names in the environment as `PYSEQ_BACKEND`; level: of the C++."""
-
-    def module(x: Tensors) -> CRF:
-        if backend == "reference" and x["emissions"].size(1) > 4096:
-            raise Unavailable("the reference is the oracle, too slow to time at this length")
-        if reasons := pyseq.explain(ops.crf_nll, x["emissions"])[backend]:
-            raise Unavailable("; ".join(reasons))
-        if level and level >= importlib.import_module("pyseq._C").cpu_level():
-            raise Unavailable("this CPU has no higher level")
-        crf = CRF(x["transitions"].size(0), batch_first=True).to(x["emissions"].device)
-        fill(crf, x)
-        return crf
-
-    def forced(method: Callable[..., Any], *args: Any) -> Any:
-        os.environ["PYSEQ_BACKEND"] = backend
-        if backend == "cpp":
-            setattr(launcher("chain", "cpp"), "LEVEL", level)  # noqa: B010 (a module, to mypy)
-        return method(*args)
-
-    def loss(x: Tensors) -> Call:
-        crf, emissions = module(x), x["emissions"].requires_grad_()
-        parameters = crf.transitions, crf.start_transitions, crf.end_transitions
-        return step(lambda: forced(crf.nll, emissions, x["tags"], x["mask"], "sum"), emissions, *parameters)
-
-    def decode(x: Tensors) -> Call:
-        crf = module(x)
-        if lists:
-            return lambda: forced(crf.decode, x["emissions"], x["mask"])
-        return lambda: forced(crf.viterbi, x["emissions"], x["mask"])[1]
-
-    return {"loss": loss, "decode": decode} if lists else {"decode": decode}
+def ours_filled(x: Tensors) -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
+    if serving(ops.crf_nll, x["emissions"]) == "reference" and x["emissions"].size(1) > 4096:
+        raise Unavailable("the reference is the oracle, too slow to time at this length")
+    return filled(nn, x)
 
 
-def pytorch_crf(x: Tensors) -> Any:
-    import torchcrf
+def pyseq_loss(x: Tensors) -> Call:
+    (crf, parameters), emissions = ours_filled(x), x["emissions"].requires_grad_()
+    return step(lambda: crf.nll(emissions, x["tags"], x["mask"], "sum"), emissions, *parameters)
 
-    crf = torchcrf.CRF(x["transitions"].size(0), batch_first=True).to(x["emissions"].device)
-    return crf, fill(crf, x)
+
+def pyseq_lists(x: Tensors) -> Call:
+    crf, _ = ours_filled(x)
+    return lambda: crf.decode(x["emissions"], x["mask"])
+
+
+def pyseq_tensors(x: Tensors) -> Call:
+    crf, _ = ours_filled(x)
+    return lambda: crf.viterbi(x["emissions"], x["mask"])[1]
 
 
 def pytorch_crf_loss(x: Tensors) -> Call:
-    (crf, parameters), emissions = pytorch_crf(x), x["emissions"].requires_grad_()
+    import torchcrf
+
+    (crf, parameters), emissions = filled(torchcrf, x), x["emissions"].requires_grad_()
     return step(lambda: -crf(emissions, x["tags"], mask=x["mask"]), emissions, *parameters)
 
 
 def pytorch_crf_decode(x: Tensors) -> Call:
-    crf, _ = pytorch_crf(x)
+    import torchcrf
 
-    def call() -> list[list[int]]:
-        with torch.no_grad():
-            return crf.decode(x["emissions"], mask=x["mask"])  # type: ignore[no-any-return]
-
-    return call
+    crf, _ = filled(torchcrf, x)
+    return torch.no_grad()(lambda: crf.decode(x["emissions"], mask=x["mask"]))
 
 
 def torch_struct_loss(x: Tensors) -> Call:
@@ -218,17 +190,13 @@ def torch_struct_loss(x: Tensors) -> Call:
     return step(loss, *wanted)
 
 
-def cross_entropy_loss(x: Tensors) -> Call:
-    emissions = x["emissions"].requires_grad_()
-    target = x["tags"].masked_fill(~x["mask"], -100).flatten()
-    return step(lambda: cross_entropy(emissions.flatten(0, 1), target, reduction="sum"), emissions)
-
-
-def cross_entropy_transposed_loss(x: Tensors) -> Call:
-    """Classes in the second dimension, a view: torch's fastest form on the CPU."""
+def cross_entropy_loss(x: Tensors, transposed: bool = False) -> Call:
+    """Classes last, or in the second dimension of a view: torch's fastest form on the CPU."""
     emissions = x["emissions"].requires_grad_()
     target = x["tags"].masked_fill(~x["mask"], -100)
-    return step(lambda: cross_entropy(emissions.transpose(1, 2), target, reduction="sum"), emissions)
+    if transposed:
+        return step(lambda: cross_entropy(emissions.transpose(1, 2), target, reduction="sum"), emissions)
+    return step(lambda: cross_entropy(emissions.flatten(0, 1), target.flatten(), reduction="sum"), emissions)
 
 
 def plain_cross_entropy(x: Tensors) -> Tensors:
@@ -261,7 +229,10 @@ def nothing(x: Tensors) -> Tensors:
     return with_gradients(0 * torch.stack([leaf.sum() for leaf in wanted]), wanted)
 
 
-OURS = {"pyseq reference": "reference", "pyseq numba": "numba", "pyseq cpp": "cpp", "pyseq triton": "triton"}
+transposed = partial(cross_entropy_loss, transposed=True)
+CROSS_ENTROPY = Mode("cross-entropy", plain_cross_entropy, plain_cross_entropy, loss_work)
+NOTHING = Mode("nothing", nothing, nothing, loss_work)
+OURS = {"loss": pyseq_loss, "decode": pyseq_lists}
 
 ROOM = Room(
     workloads=WORKLOADS,
@@ -273,35 +244,16 @@ ROOM = Room(
     providers=(
         Provider("pytorch-crf", "pytorch-crf", {"loss": pytorch_crf_loss, "decode": pytorch_crf_decode}),
         Provider("torch-struct", "torch-struct", {"loss": torch_struct_loss}),
-        Provider(
-            "F.cross_entropy",
-            "torch",
-            {"loss": cross_entropy_loss},
-            yardstick=Mode("cross-entropy", plain_cross_entropy, plain_cross_entropy, loss_work),
-        ),
-        Provider(
-            "F.cross_entropy (B, K, T)",
-            "torch",
-            {"loss": cross_entropy_transposed_loss},
-            yardstick=Mode("cross-entropy", plain_cross_entropy, plain_cross_entropy, loss_work),
-        ),
-        Provider(
-            "empty autograd.Function",
-            "torch",
-            {"loss": empty_loss},
-            yardstick=Mode("nothing", nothing, nothing, loss_work),
-        ),
-        *(Provider(name, "pyseq", ours(backend), ours=True) for name, backend in OURS.items()),
-        Provider("pyseq cpp (AVX2)", "pyseq", ours("cpp", level=3), ours=True),
-        *(Provider(f"{name} (tensors)", "pyseq", ours(OURS[name], lists=False), True) for name in list(OURS)[1:]),
+        Provider("F.cross_entropy", "torch", {"loss": cross_entropy_loss}, yardstick=CROSS_ENTROPY),
+        Provider("F.cross_entropy (B, K, T)", "torch", {"loss": transposed}, yardstick=CROSS_ENTROPY),
+        Provider("empty autograd.Function", "torch", {"loss": empty_loss}, yardstick=NOTHING),
+        *ours(OURS),
+        *ours(OURS, "cpp", variant=" (AVX2)", level=3),
+        *ours({"decode": pyseq_tensors}, "numba", "cpp", "triton", variant=" (tensors)"),
     ),
     unit="tokens",
     baseline="pytorch-crf",
-    objection=(
-        "Lengths are uniform between T / 2 and T. "
-        "pytorch-crf is a Python loop over time, so a large ratio to it is easy to reach. Read the times beside "
-        "F.cross_entropy, a cheaper loss on the same logits, and beside the limit of the machine: those bars are high. "
-        "An empty autograd.Function with a CRF's arguments and gradients shows what torch takes for itself. "
-        "The inputs are the same at every call, so small ones stay in the cache, as they do behind an encoder."
-    ),
+    headlines={"`nn.CRF` training step": ("loss", "ner"), "`nn.CRF.decode`": ("decode", "ner")},
+    objection="pytorch-crf is a Python loop over time and easily beaten. The page below has higher bars: what the "
+    "machine can do, F.cross_entropy as a cheaper loss on the same logits, and an empty autograd.Function.",
 )
