@@ -15,7 +15,7 @@ def shared_weight(upstream: Tensor) -> Tensor | float | None:
     """What all gradients of a vector (or scalar) are to be multiplied by; None unless the host sees at once that it is
     one number, and where it may read it a finite one: times the zeros of an infeasible row another would be NaN."""
     scalar = upstream.dim() == 0
-    if not upstream.is_cpu or _torch.traced():
+    if not upstream.is_cpu or type(upstream) is not Tensor or _torch.traced():
         return upstream if scalar else upstream[0] if len(upstream) and upstream.stride(0) == 0 else None
     try:
         numbers = [upstream.item()] if scalar else (upstream[:1] if upstream.stride(0) == 0 else upstream).tolist()

@@ -62,14 +62,16 @@ def best_path(chain: Chain, options: PathOptions) -> tuple[Tensor, Tensor]:
 
 
 def value_and_grad(chain: Chain, options: ValueOptions) -> tuple[Tensor, ...]:
-    given = {name: x for name in Gradients._fields if (x := getattr(chain, name)) is not None}
-
-    def of(*scores: Tensor) -> Tensor:
-        return value(chain._replace(**dict(zip(given, scores, strict=True))), options)
-
-    out, pull = torch.func.vjp(of, *given.values())[:2]  # below the dispatcher there is no autograd
-    found = dict(zip(given, pull(torch.ones_like(out) if chain.weights is None else chain.weights), strict=True))
     grads = gradients_like(chain)
+    with torch.inference_mode(False):  # inside it, and of its tensors, there are no gradients
+        chain = Chain(*(x.clone() if x is not None and x.is_inference() else x for x in chain))
+        given = {name: x for name in Gradients._fields if (x := getattr(chain, name)) is not None}
+
+        def of(*scores: Tensor) -> Tensor:
+            return value(chain._replace(**dict(zip(given, scores, strict=True))), options)
+
+        out, pull = torch.func.vjp(of, *given.values())[:2]  # below the dispatcher there is no autograd
+        found = dict(zip(given, pull(torch.ones_like(out) if chain.weights is None else chain.weights), strict=True))
     for name, grad in zip(Gradients._fields, grads, strict=True):
         grad.copy_(found[name]) if name in found else grad.zero_()
     return out, *grads

@@ -97,6 +97,11 @@ def crf_marginals(
     emissions: Tensor, transitions: Tensor, start: Tensor | None, end: Tensor | None, live: Tensor
 ) -> Tensor:
     """Posterior probability (B, T, K) of each tag: the gradient of log Z in the emissions."""
+    given = emissions, transitions, start, end, live
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (torch.is_inference_mode_enabled() or any(x is not None and x.is_inference() for x in given)):
+        with torch.inference_mode(False):  # inside it, and of its tensors, there are no gradients
+            return crf_marginals(*(x if x is None else x.clone() for x in given))  # type: ignore[arg-type]
     scores = emissions.to(torch.promote_types(emissions.dtype, torch.float32))
     if scores.size(1) == 0:
         return scores + _zeros(scores, transitions, start, end)[:, None, None]
@@ -104,8 +109,7 @@ def crf_marginals(
     def total(scores: Tensor) -> Tensor:
         return crf_log_partition(scores, transitions, start, end, live).sum()
 
-    # autograd.grad neither compiles nor takes inference tensors; torch.func does not take saved-tensor hooks
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or emissions.is_inference():
+    if compiling:  # autograd.grad is not traced; torch.func does not take saved-tensor hooks
         return torch.func.grad(total)(scores)  # type: ignore[no-any-return]
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -266,6 +266,8 @@ def test_marginals_in_every_mode(backend: str) -> None:
     with torch.inference_mode():
         lasting = problem.emissions.clone()
         assert torch.equal(problem(ops.crf_marginals, backend), right)
+        raw = torch.ops.pyseq.crf_value_and_grad(*problem.inputs(False), PARTITION, "none", False, backend)
+        assert torch.equal(raw[1], right)  # as a graph has it
     assert torch.equal(problem.replace(emissions=lasting)(ops.crf_marginals, backend), right)
 
     def penalty(emissions: Tensor) -> Tensor:
