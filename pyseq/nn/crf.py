@@ -1,16 +1,18 @@
 """A linear-chain CRF layer: drop-in for `torchcrf.CRF` of pytorch-crf 0.7.2, for any mask and any float dtype."""
 
-from itertools import accumulate
+from itertools import accumulate, chain
 from operator import index
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from pyseq import ops
 
 Reduction = Literal["none", "sum", "mean", "token_mean"]
 Ignored = Literal["absent", "unknown"]
+Compute = Literal["log_likelihood", "nll", "viterbi", "decode", "marginals"]
 # emissions (B, T, K), transitions, start, end, mask (B, T)
 _Chain = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
@@ -21,12 +23,21 @@ class CRF(nn.Module):
     num_tags: K, at least 1, else ValueError. batch_first: the module's layout, False for emissions (T, B, K), tags and
     masks (T, B); True for (B, T, K) and (B, T).
     Parameters, interchangeable with those of `torchcrf.CRF`: start_transitions (K,), end_transitions (K,), transitions
-    (K, K), where [i, j] scores going from tag i to tag j. -inf there or in the emissions forbids, with zero gradient.
+    (K, K), where [i, j] scores going from tag i to tag j.
+
+    A score of -inf forbids, with zero gradient. Write it into emissions, or into transitions that no optimizer updates:
+    weight decay that is part of the gradient (SGD, Adam, RMSprop, Adagrad, RAdam), Adafactor and averages of weights
+    (SWA, EMA) turn a trained -inf into NaN, and every best path into -1.
 
     Every method takes emissions in float32, float64, bfloat16 or float16, sums in float32 or float64, and returns
     float64 where emissions or parameters are float64, else float32. A mask is bool or uint8 (nonzero is live), None
     means all live. Any mask will do: an absent step is skipped, its live neighbours connect directly, nothing there is
     read (padding labels may be -100, emissions NaN), and its gradient is 0. A row without live steps scores 0.
+
+    Every method goes through `__call__`, so hooks, pruning, parametrizations and FSDP2 see each of them. Under
+    DistributedDataParallel call the wrapper, `ddp(emissions, tags, mask, compute="nll")`, never `ddp.module.nll`.
+    transformers' `from_pretrained` leaves a CRF that the checkpoint lacks as raw memory, unless the model's
+    `_init_weights` calls its `reset_parameters()`.
 
     Raises ValueError, in the words of `torchcrf.CRF`, for wrong shapes and reductions, before any value is looked at;
     then ValueError for tensors on different devices and TypeError for a wrong dtype.
@@ -60,18 +71,44 @@ class CRF(nn.Module):
     def forward(
         self,
         emissions: Tensor,
-        tags: Tensor,
+        tags: Tensor | None,
         mask: Tensor | None = None,
         reduction: Reduction = "sum",
         *,
         ignore_index: int = -100,
         ignored: Ignored | None = None,
-    ) -> Tensor:
-        """Log-likelihood of the tags: at most 0, to be maximised. `nll`, its negative, is the loss to minimise.
+        compute: Compute = "log_likelihood",
+    ) -> Any:
+        """Log-likelihood of the tags, at most 0, to be maximised; or what `compute` names.
 
-        Arguments as in `nll`, but the reduction defaults to "sum", as in `torchcrf.CRF`.
+        emissions: (T, B, K), or (B, T, K) with `batch_first`. tags: int64 or int32, in [0, K) at live steps; None where
+        `compute` takes none. mask: bool or uint8, in the layout of the tags.
+        reduction: "sum", the default as in `torchcrf.CRF`, adds over sequences; "none" gives (B,); "mean" divides the
+        sum by B; "token_mean" by the number of live steps. ignore_index, ignored: as explained in `nll`.
+        compute: "log_likelihood", "nll", "viterbi", "decode" or "marginals", what the method of that name returns;
+        another word raises ValueError. For wrappers, which call forward alone.
+        Raises as the class says.
+
+        >>> crf = CRF(3, batch_first=True).requires_grad_(False)
+        >>> bool(crf(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.long)) < 0)
+        True
         """
-        return -self.nll(emissions, tags, mask, reduction, ignore_index=ignore_index, ignored=ignored)
+        if compute == "log_likelihood":
+            return -self._nll(emissions, tags, mask, reduction, ignore_index, ignored)
+        if compute == "nll":
+            return self._nll(emissions, tags, mask, reduction, ignore_index, ignored)
+        if compute not in ("viterbi", "decode", "marginals"):
+            wanted = "'log_likelihood', 'nll', 'viterbi', 'decode' or 'marginals'"
+            raise ValueError(f"compute must be {wanted}, got {compute!r}")
+        self._validate(emissions, None, mask)
+        given = self._chain(emissions, mask)
+        if compute == "marginals":
+            marginals = ops.crf_marginals(*given)
+            return marginals if self.batch_first else marginals.transpose(0, 1)
+        scores, path = ops.viterbi(*given)
+        if compute == "decode":
+            return _lists(path, given[4])
+        return scores, path if self.batch_first else path.transpose(0, 1)
 
     def nll(
         self,
@@ -85,8 +122,8 @@ class CRF(nn.Module):
     ) -> Tensor:
         """Negative log-likelihood of the tags, in nats: a loss, at least 0.
 
-        emissions: (T, B, K), or (B, T, K) with `batch_first`. tags: int64 or int32, in [0, K) at live steps. tags and
-        mask are in the module's layout.
+        emissions: (T, B, K), or (B, T, K) with `batch_first`. tags: int64 or int32, in [0, K) at live steps. mask: bool
+        or uint8. Tags and mask are in the module's layout, (T, B) or (B, T).
         reduction: "none" gives (B,); "sum" adds over sequences; "mean", the default, divides that by B (NaN for an
         empty batch, as torch's losses); "token_mean" by the number of live steps, or by 1 where there is none.
         ignored: what the label `ignore_index` means at a live step. None: nothing, it is out of range and raises.
@@ -94,10 +131,65 @@ class CRF(nn.Module):
         over all of them: log Z minus log Z over the paths that agree with the known labels, at twice the time and two
         more tensors of the size of the emissions.
         Returns +inf, with zero gradient, for a sequence whose tags are forbidden. Differentiable twice.
-        Raises ValueError as the class says, for another word in `ignored`, and for a tag out of range (on the CPU
-        outside compile or with PYSEQ_CHECK=1; elsewhere its sequence becomes NaN).
+        Raises ValueError as the class says, for another word in `ignored`, and for a tag out of range (on the CPU in
+        eager mode or with PYSEQ_CHECK=1; elsewhere its sequence becomes NaN).
+
+        >>> crf = CRF(3, batch_first=True).requires_grad_(False)
+        >>> bool(crf.nll(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.long)) > 0)
+        True
         """
+        options: dict[str, Any] = {"ignore_index": ignore_index, "ignored": ignored, "compute": "nll"}
+        return self(emissions, tags, mask, reduction, **options)  # type: ignore[no-any-return]
+
+    def decode(self, emissions: Tensor, mask: Tensor | None = None) -> list[list[int]]:
+        """The best tags of each sequence's live steps, as B lists; all -1 where no path is feasible.
+
+        emissions: (T, B, K), or (B, T, K) with `batch_first`. mask: bool or uint8, (T, B) or (B, T).
+        Ties go to the lowest tag, from the last step backwards. Copies to the host; `viterbi` does not.
+        Raises as the class says.
+
+        >>> CRF(2, batch_first=True).decode(torch.tensor([[[9.0, 0.0], [0.0, 9.0]]]))
+        [[0, 1]]
+        """
+        return self(emissions, None, mask, compute="decode")  # type: ignore[no-any-return]
+
+    def viterbi(self, emissions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The best path and its score.
+
+        emissions: (T, B, K), or (B, T, K) with `batch_first`. mask: bool or uint8, (T, B) or (B, T).
+        Returns scores (B,) and tags int64 in the module's layout, -1 where masked. Where no path is feasible the score
+        is -inf and every tag -1. Ties go to the lowest tag, from the last step backwards. Not differentiable.
+        Raises as the class says.
+
+        >>> scores, tags = CRF(2, batch_first=True).viterbi(torch.tensor([[[9.0, 0.0], [0.0, 9.0]]]))
+        >>> tags
+        tensor([[0, 1]])
+        """
+        return self(emissions, None, mask, compute="viterbi")  # type: ignore[no-any-return]
+
+    def marginals(self, emissions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Posterior probability of each tag at each step, in the layout and shape of the emissions.
+
+        emissions: (T, B, K), or (B, T, K) with `batch_first`. mask: bool or uint8, (T, B) or (B, T).
+        Sums to 1 over tags at live steps; 0 at masked ones and where no path is feasible. Differentiable.
+        Raises as the class says.
+
+        >>> CRF(3, batch_first=True).marginals(torch.zeros(1, 2, 3)).sum(2).round(decimals=4).tolist()
+        [[1.0, 1.0]]
+        """
+        return self(emissions, None, mask, compute="marginals")  # type: ignore[no-any-return]
+
+    def _nll(
+        self,
+        emissions: Tensor,
+        tags: Tensor | None,
+        mask: Tensor | None,
+        reduction: Reduction,
+        ignore_index: int,
+        ignored: Ignored | None,
+    ) -> Tensor:
         self._validate(emissions, tags, mask, tagged=True)
+        assert tags is not None
         if reduction not in ("none", "sum", "mean", "token_mean"):
             raise ValueError(f"invalid reduction: {reduction}")
         if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
@@ -119,42 +211,6 @@ class CRF(nn.Module):
         if reduction == "token_mean":
             return ops.crf_nll(emissions, transitions, tags, start, end, mask, reduction="sum") / _tokens(tags, mask)
         return ops.crf_nll(emissions, transitions, tags, start, end, mask, reduction=reduction)
-
-    def decode(self, emissions: Tensor, mask: Tensor | None = None) -> list[list[int]]:
-        """The best tags of each sequence's live steps, as B lists; all -1 where no path is feasible.
-
-        Arguments and errors as in `nll`. Copies to the host; `viterbi` does not.
-        """
-        self._validate(emissions, None, mask)
-        chain = self._chain(emissions, mask)
-        _, path = ops.viterbi(*chain)
-        live = chain[4]
-        if live is None:
-            return path.tolist()  # type: ignore[no-any-return]
-        live = live.cpu()  # NumPy selects several times faster than torch
-        flat, counts = path.cpu().numpy()[live.numpy()].tolist(), live.sum(1).tolist()
-        return [flat[stop - count : stop] for count, stop in zip(counts, accumulate(counts), strict=True)]
-
-    def viterbi(self, emissions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The best path and its score.
-
-        Arguments and errors as in `nll`. Returns scores (B,) and tags int64 in the module's layout, -1 where masked.
-        Where no path is feasible the score is -inf and every tag -1. Ties go to the lowest tag, from the last step
-        backwards. Not differentiable.
-        """
-        self._validate(emissions, None, mask)
-        scores, path = ops.viterbi(*self._chain(emissions, mask))
-        return scores, path if self.batch_first else path.transpose(0, 1)
-
-    def marginals(self, emissions: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Posterior probability of each tag at each step, in the layout and shape of the emissions.
-
-        Arguments and errors as in `nll`. Sums to 1 over tags at live steps; 0 at masked ones and where no path is
-        feasible. Differentiable.
-        """
-        self._validate(emissions, None, mask)
-        marginals = ops.crf_marginals(*self._chain(emissions, mask))
-        return marginals if self.batch_first else marginals.transpose(0, 1)
 
     def _validate(self, emissions: Tensor, tags: Tensor | None, mask: Tensor | None, tagged: bool = False) -> None:
         for what, given, wanted in (("emissions", emissions, True), ("tags", tags, tagged), ("mask", mask, False)):
@@ -190,6 +246,15 @@ class CRF(nn.Module):
         return emissions, transitions, self.start_transitions, self.end_transitions, mask
 
 
+def _lists(path: Tensor, live: Tensor | None) -> list[list[int]]:
+    """The tags of live steps."""
+    if live is None:
+        return path.tolist()  # type: ignore[no-any-return]
+    live = live.cpu()  # NumPy selects several times faster than torch
+    flat, counts = path.cpu().numpy()[live.numpy()].tolist(), live.sum(1).tolist()
+    return [flat[stop - count : stop] for count, stop in zip(counts, accumulate(counts), strict=True)]
+
+
 def _tokens(tags: Tensor, mask: Tensor | None) -> Tensor | int:
     """Number of live steps, or 1 where there is none."""
     return max(tags.numel(), 1) if mask is None else mask.sum().clamp(min=1)
@@ -222,8 +287,14 @@ def crf_parameter_groups(model: nn.Module, lr: float, multiplier: float = 100.0)
     At an encoder's own rate, 1e-5, a CRF's transitions hardly move; they want 1e-3 or more.
     model: a module that is or contains a CRF, else ValueError. lr: of all other parameters. Returns their group, then
     the group of the CRFs' own parameters at `lr * multiplier`, without empty ones. Every parameter that requires a
-    gradient appears once, also where modules share it (a CRF's claim comes first). Decoupled weight decay (AdamW) takes
-    `lr * weight_decay` a step, so it grows too; set `groups[-1]["weight_decay"]` to choose otherwise.
+    gradient appears once, also where modules share it (a CRF's claim comes first) or where pruning, weight norm or a
+    parametrization holds what was a CRF's own. Decoupled weight decay (AdamW) takes `lr * weight_decay` a step, so it
+    grows too; set `groups[-1]["weight_decay"]` to choose otherwise. Raises TypeError for a model that is no module and
+    for rates that are no numbers.
+
+    >>> groups = crf_parameter_groups(nn.Sequential(nn.Linear(8, 3), CRF(3)), lr=1e-5)
+    >>> [(len(group["params"]), group["lr"]) for group in groups]
+    [(2, 1e-05), (3, 0.001)]
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not its parameters, got {type(model).__name__}")
@@ -233,7 +304,9 @@ def crf_parameter_groups(model: nn.Module, lr: float, multiplier: float = 100.0)
     crfs = [module for module in model.modules() if isinstance(module, CRF)]
     if not crfs:
         raise ValueError(f"{type(model).__name__} contains no pyseq.nn.CRF; pass the model that holds it")
-    heads = {parameter for crf in crfs for parameter in crf.parameters(recurse=False)}
+    own = [crf.parameters(recurse=False) for crf in crfs]
+    own += [crf.parametrizations.parameters() for crf in crfs if is_parametrized(crf)]  # type: ignore[union-attr]
+    heads = set(chain.from_iterable(own))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = (
         {"params": [parameter for parameter in trained if parameter not in heads], "lr": lr},

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import pyseq
 from pyseq import ops
-from pyseq.kernels.common import OK, UNFIT
+from pyseq.kernels import OK, UNFIT
 from pyseq.nn import CRF, crf_parameter_groups
 from pyseq.nn.crf import Ignored, Reduction
 from pyseq.testing import launches
