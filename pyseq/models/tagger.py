@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from pyseq.nn import CRF, crf_parameter_groups
 
+Compute = Literal["emissions", "loss", "decode"]
 PADDING = torch.iinfo(torch.int64).min  # no label that anyone writes at a live step, so that those are all checked
 
 
@@ -18,10 +19,10 @@ class SequenceTagger(nn.Module):
     the LSTM in each direction. layers: of the bidirectional LSTM. dropout: on the embedding and on each layer's output.
     head: "crf" scores whole tag paths, "softmax" each step alone; the encoder is the same.
 
-    Every method takes chars (B, T) int64 in [0, num_chars) and a mask (B, T) bool, True at live steps, which come first
-    in each row (padding is on the right); None means all live. What stands at padding is not used.
-    Raises ValueError for a head of another name, for a mask of another shape or dtype and, on the CPU outside compile,
-    for a mask with padding elsewhere.
+    Every method goes through `__call__`, so hooks and wrappers see it. Each takes chars (B, T) int64 in [0, num_chars)
+    and a mask (B, T) bool, True at live steps, which come first in each row (padding is on the right); None means all
+    live. What stands at padding is not used. Raises ValueError for a head of another name, for a mask of another shape
+    or dtype and, on the CPU outside compile, for a mask with padding elsewhere.
     """
 
     def __init__(
@@ -46,22 +47,42 @@ class SequenceTagger(nn.Module):
         self.project = nn.Linear(2 * hidden, num_tags)
         self.crf = CRF(num_tags, batch_first=True) if head == "crf" else None  # last: equal seeds, equal encoders
 
-    def forward(self, chars: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Emissions, (B, T, K): scores of each tag at each step."""
+    def forward(
+        self, chars: Tensor, mask: Tensor | None = None, tags: Tensor | None = None, *, compute: Compute = "emissions"
+    ) -> Any:
+        """Emissions, (B, T, K): scores of each tag at each step; or what `compute` names, "loss" or "decode".
+
+        That is for wrappers, which call forward alone: `ddp(chars, mask, tags, compute="loss")`. Raises ValueError for
+        another word.
+        """
+        if compute not in ("emissions", "loss", "decode"):
+            raise ValueError(f"compute must be 'emissions', 'loss' or 'decode', got {compute!r}")
         x = self.dropout(self.embedding(chars))
         turn = _turn(chars, mask).unsqueeze(2)  # [B, T, 1]
         for ahead, back in zip(self.forwards, self.backwards, strict=True):
             left = ahead(x)[0]
             right = back(_take(x, turn))[0]
             x = self.dropout(torch.cat((left, _take(right, turn)), 2))  # [B, T, 2 * hidden]
-        return self.project(x)  # type: ignore[no-any-return]
+        emissions = self.project(x)
+        if compute == "loss":
+            return self._loss(emissions, tags, mask)
+        return self._best(emissions, mask) if compute == "decode" else emissions
 
     def loss(self, chars: Tensor, tags: Tensor, mask: Tensor | None = None) -> Tensor:
         """Negative log-likelihood of the tags, in nats a live step; a scalar.
 
         tags: (B, T) int64, in [0, K) at live steps, anything at padding.
         """
-        emissions = self(chars, mask)
+        return self(chars, mask, tags, compute="loss")  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def decode(self, chars: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The best tags, (B, T) int64, -1 at padding: the best path under a CRF, each step's best tag under softmax."""
+        return self(chars, mask, compute="decode")  # type: ignore[no-any-return]
+
+    def _loss(self, emissions: Tensor, tags: Tensor | None, mask: Tensor | None) -> Tensor:
+        if tags is None:
+            raise TypeError("tags must be a tensor, got NoneType; the loss needs them")
         if self.crf is not None:
             return self.crf.nll(emissions, tags, mask, "token_mean")
         if mask is not None:
@@ -69,10 +90,7 @@ class SequenceTagger(nn.Module):
         total = F.cross_entropy(emissions.flatten(0, 1), tags.flatten(), reduction="sum", ignore_index=PADDING)
         return total / (max(tags.numel(), 1) if mask is None else mask.sum().clamp(min=1))
 
-    @torch.no_grad()
-    def decode(self, chars: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The best tags, (B, T) int64, -1 at padding: the best path under a CRF, each step's best tag under softmax."""
-        emissions: Tensor = self(chars, mask)
+    def _best(self, emissions: Tensor, mask: Tensor | None) -> Tensor:
         if self.crf is not None:
             return self.crf.viterbi(emissions, mask)[1]
         tags = emissions.argmax(2)

@@ -226,3 +226,17 @@ def test_study_skips_finished_runs_and_pairs_seeds(
     assert "| " + " | ".join(line) + " |\n" in heads.page(rows, demo.FULL, "runs")
     heads.plot(rows, tmp_path / "runs.png")
     assert (tmp_path / "runs.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("head", ["crf", "softmax"])
+def test_every_method_goes_through_call(head: Literal["crf", "softmax"]) -> None:
+    model, seen = SequenceTagger(9, 4, embedding=3, hidden=2, head=head).eval(), []
+    chars, tags = torch.randint(9, (2, 5)), torch.randint(4, (2, 5))
+    model.register_forward_hook(lambda module, args, output: seen.append(output))
+    returned = [model.loss(chars, tags), model.decode(chars), model(chars)]
+    assert all(x is y for x, y in zip(returned, seen, strict=True))
+    assert torch.equal(model(chars, None, tags, compute="loss"), model.loss(chars, tags))
+    with pytest.raises(ValueError, match="compute must be 'emissions', 'loss' or 'decode', got 'nll'"):
+        model(chars, compute="nll")
+    with pytest.raises(TypeError, match="tags must be a tensor, got NoneType"):
+        model(chars, compute="loss")
