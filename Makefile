@@ -1,46 +1,63 @@
 # Each target sets up what it needs: a .venv pinned by constraints.txt, and pyseq in it with its C++ extension.
+# ROOM=chain narrows test, test-slow, bench, aot and gpu to one room: tests whose file or name says so. ARGS go along.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
+SOURCES := $(wildcard csrc/* csrc/*/*) setup.py pyproject.toml constraints.txt
+AMD_TRITON := 3.8.0
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo study test test-slow test-gpu bench aot lint wheel clean
+.PHONY: demo study test test-slow gpu bench aot lint clean
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.demo
 	$(BIN)/python examples/people_daily_tagger.py $(ARGS)
 
-study: $(VENV)/.ready
-	$(BIN)/python examples/people_daily_heads.py $(ARGS)
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(if $(ROOM),-k "$(ROOM)") $(ARGS)
 
-test: $(VENV)/.ready
-	$(BIN)/python -m pytest $(ARGS)
+# all that need no GPU, also those that compare with other packages or read data sets
+test-slow: $(VENV)/.dev $(VENV)/.peers $(VENV)/.study
+	$(BIN)/python -m pytest -m 'not gpu' $(if $(ROOM),-k "$(ROOM)") $(ARGS)
 
-test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -m slow $(ARGS)
-
-test-gpu: $(VENV)/.ready
-	$(BIN)/python -m pytest -m gpu $(ARGS)
-
-bench: $(VENV)/.ready
-	$(BIN)/python bench chain $(ARGS)
-
-aot: $(VENV)/.ready
-	$(BIN)/python tests/aot.py $(ARGS)
-
-lint: $(VENV)/.ready
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tests/text_law.py
 
-# torch first, at its pin, and seqeval, whose build wants tools of its own; the rest builds with what is here.
-$(VENV)/.ready: $(SOURCES)
+study: $(VENV)/.study
+	$(BIN)/python examples/people_daily_heads.py $(ARGS)
+
+bench: $(VENV)/.bench
+	$(BIN)/python bench $(ROOM) $(ARGS)
+
+# with PYTHON's own torch and triton, on a machine with a GPU and no network; results under $$OUT, or build/gpu
+gpu:
+	$(PYTHON) tests/gpu.py $(ROOM) $(ARGS)
+
+# the table in docs, about a quarter of an hour; `make aot TRITON=3.6.0` only tries that release
+ifdef TRITON
+aot: $(VENV)/.dev build/triton-$(TRITON)
+	PYTHONPATH=build/triton-$(TRITON) TRITON_CACHE_DIR=build/triton-$(TRITON)/.cache \
+		$(BIN)/python tests/aot.py $(ROOM) $(ARGS)
+else
+aot: $(VENV)/.dev
+	$(BIN)/python tests/aot.py $(ROOM) --docs --targets sm_80 sm_90 sm_100 $(ARGS)
+	$(MAKE) aot TRITON=$(AMD_TRITON) ARGS='--docs --targets gfx942 $(ARGS)'
+endif
+
+build/triton-%:
+	rm -rf $@.part
+	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$*
+	mv $@.part $@
+
+# an extra a stamp; torch first, at its pin, and seqeval, whose build wants tools of its own
+$(VENV)/.%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel pybind11
-	$(BIN)/python -m pip install --quiet torch seqeval
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench,demo,dev]'
+	$(BIN)/python -m pip install --quiet torch $(if $(filter peers,$*),seqeval)
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$*]'
 	touch $@
 
 clean:

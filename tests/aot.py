@@ -1,92 +1,86 @@
-"""Compile every chain kernel ahead of time, check what it uses, and write docs/aot-chain.csv. `--quick`: two sizes."""
+"""Compile every Triton kernel of every room ahead of time, and check what the binaries use; no GPU.
+
+Rooms offer what to compile in `pyseq.testing.<room>.binaries`. A row names the calls that a binary serves.
+"""
 
 import argparse
 import csv
+import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import torch
+os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # halves the time
 
-from pyseq.kernels.chain import triton as kernels
-from pyseq.kernels.common import NLL, PARTITION, SCORE
-from pyseq.testing.aot import TARGETS, Launch, compile_launch, excess, record, usage
+import triton
+from tqdm import tqdm
 
-COLUMNS = ("kernel", "kind", "dtype", "K", "target", "num_warps", "registers", "spill", "scalar_spill", "shared")
-KINDS = {"partition": PARTITION, "nll": NLL, "score": SCORE}
+import pyseq.ops  # noqa: F401  (defines the rooms)
+from pyseq.ops._backend import rooms
+from pyseq.testing.aot import TARGETS, Binary, Launch, binary_of, compile_launch, excess, record, serves, usage
 
-
-def launches(dtype: torch.dtype, num_tags: int, kind: int, batch: int = 1, time: int = 2) -> list[Launch]:
-    """All launches of a loss and of Viterbi, with every optional argument but lengths."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    emissions = torch.zeros(batch, time, num_tags, dtype=dtype)
-    transitions, start = torch.zeros(num_tags, num_tags, dtype=wide), torch.zeros(num_tags, dtype=wide)
-    mask, tags = torch.ones(batch, time, dtype=torch.bool), torch.zeros(batch, time, dtype=torch.int64)
-    value, weights = torch.zeros(batch, dtype=wide), torch.zeros(batch, dtype=wide)
-    grads = [torch.zeros_like(x, dtype=wide) for x in (emissions, transitions, start, start)]
-    chain = (emissions, transitions, start, start, None if kind == PARTITION else tags, mask, None)
-
-    def call() -> None:
-        kernels.crf(*chain, weights, kind, "none", False, value, grads)
-        kernels.viterbi(*chain, False, value, tags)
-
-    return record(kernels, call)
+DOCS = Path(__file__).parents[1] / "docs"
 
 
-def rows(
-    dtypes: list[str], sizes: list[int], targets: list[str], kinds: list[str], only: str, num_warps: int | None
-) -> Iterator[tuple[tuple[str | int, ...], list[str]]]:
-    """Rows of the table, each with the limits it breaks."""
-    seen = set()
-    for num_tags in sizes:
-        for name in dtypes:
-            for kind in kinds:
-                for launch in launches(getattr(torch, name), num_tags, KINDS[kind]):
-                    kernel = launch.kernel.__name__
-                    if num_warps is not None:
-                        launch.options["num_warps"] = num_warps
-                    shown = "any" if "KIND" not in launch.args else kind
-                    # edges and counts see the dtype of the parameters alone
-                    own = name if "p_emissions" in launch.args or name == "float64" else "float32"
-                    for target in targets:
-                        key = (kernel, shown, own, num_tags, target)
-                        if key in seen or only not in kernel:
-                            continue
-                        seen.add(key)
-                        use = usage(compile_launch(launch, target))
-                        yield (*key, *use), list(excess(target, use))
+def distinct(binaries: Iterable[Binary], only: dict[str, str]) -> list[tuple[dict[str, str], Launch]]:
+    """Launches that need a binary of their own, each with its kernel and the labels of all calls that make it."""
+    found: dict[str, tuple[dict[str, dict[str, None]], Launch]] = {}
+    for labels, module, call in binaries:
+        for launch in record(module, call):
+            row = {"kernel": launch.kernel.__name__} | {name: str(label) for name, label in labels.items()}
+            if all(row.get(name) == value for name, value in only.items()):
+                seen, _ = found.setdefault(binary_of(launch), ({name: {} for name in row}, launch))
+                for name, label in row.items():
+                    seen[name][label] = None
+    return [({name: " ".join(each) for name, each in seen.items()}, launch) for seen, launch in found.values()]
+
+
+def write(path: Path, rows: list[dict[str, Any]], targets: list[str]) -> None:
+    """Rows of other targets stay as they are."""
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["target"] not in targets] + rows
+    rows.sort(key=lambda row: TARGETS.index(row["target"]))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parents[1] / "docs" / "aot-chain.csv")
-    parser.add_argument("--sizes", type=int, nargs="*")
-    parser.add_argument("--dtypes", nargs="*")
-    parser.add_argument("--targets", nargs="*")
-    parser.add_argument("--kinds", nargs="*")
-    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("room", nargs="*", default=list(rooms()), help="rooms to compile; all by default")
+    parser.add_argument("--quick", action="store_true", help="few dtypes and sizes")
+    parser.add_argument("--docs", action="store_true", help="rewrite the targets' rows of docs/aot-<room>.csv, if all")
+    parser.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE", help="rows with such a kernel or label")
     parser.add_argument("--num-warps", type=int, help="instead of the launcher's own")
     args = parser.parse_args()
-    os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # halves the time
-    table, broken = [], []
-    for row, reasons in rows(
-        args.dtypes or (["float32", "bfloat16"] if args.quick else ["float32", "float64", "bfloat16", "float16"]),
-        args.sizes or ([9, 128] if args.quick else [2, 9, 32, 128, 512, 1024]),
-        args.targets or (["sm_90", "gfx942"] if args.quick else list(TARGETS)),
-        args.kinds or (["nll"] if args.quick else list(KINDS)),
-        args.kernel,
-        args.num_warps,
-    ):
-        table.append(row)
-        print(*row, *reasons, flush=True)
-        broken += [f"{row}: {reason}" for reason in reasons]
-    if not args.quick:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            writer.writerows(table)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    targets = [target for target in args.targets if serves(target)]
+    for target in args.targets:
+        if target not in targets:
+            print(f"{target}: left out, triton {triton.__version__} cannot compile for it", file=sys.stderr)
+    broken = []
+    for room in args.room:
+        binaries = importlib.import_module(f"pyseq.testing.{room}").binaries(args.quick)
+        launches = distinct(binaries, dict(word.split("=", 1) for word in args.only))
+        rows: list[dict[str, Any]] = []
+        for target in targets:
+            for labels, launch in tqdm(launches, f"{room} {target}", disable=None):
+                if args.num_warps:
+                    launch.options["num_warps"] = args.num_warps
+                use = usage(compile_launch(launch, target))
+                row = {**labels, "target": target, "triton": triton.__version__, **use._asdict()}
+                rows.append(row)
+                reasons = list(excess(target, use))
+                words = (f"{name}={value}".replace(" ", "|") for name, value in row.items())
+                tqdm.write(" ".join([room, *words, *reasons]))
+                broken += [f"{room} {row}: {reason}" for reason in reasons]
+        if args.docs and not (args.quick or args.only or args.num_warps):
+            write(DOCS / f"aot-{room}.csv", rows, targets)
     if broken:
         sys.exit("over the limits:\n" + "\n".join(broken))
 

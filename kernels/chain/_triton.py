@@ -49,6 +49,12 @@ def split(x):
 
 
 @triton.jit
+def clamped(x):
+    """x in [-LIMIT, LIMIT], -LIMIT where it is NaN: maximum alone keeps a NaN in the interpreter before Triton 3.8."""
+    return tl.where(x > -LIMIT, tl.minimum(x, LIMIT), -LIMIT)
+
+
+@triton.jit
 def pow2(n):
     """2^n in float32, n clamped to normal numbers."""
     n = tl.minimum(tl.maximum(n, -126), 127)

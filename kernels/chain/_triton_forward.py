@@ -18,6 +18,7 @@ from pyseq.kernels.chain._triton import (
     PER_CALL,
     TOP32,
     TOP64,
+    clamped,
     exponent,
     live_steps,
     load_row,
@@ -53,7 +54,7 @@ def chain_edges_kernel(
         o_i = i + o_b
         mask = (o_i[:, None] < K) & (o_j[None, :] < K)
         b_g = tl.load(p_transitions + o_i[:, None] * K + o_j[None, :], mask=mask, other=NEG_INF).to(tl.float64)
-        _, b_n = split(tl.minimum(tl.maximum(b_g, -LIMIT), LIMIT))
+        _, b_n = split(clamped(b_g))
         b_shift = tl.maximum(b_shift, tl.max(tl.where(b_g > NEG_INF, b_n, FAR), 0))
         b_ok = tl.minimum(b_ok, tl.min((b_g <= LIMIT).to(tl.int32), 0))
     b_ok = b_ok * ((b_shift == FAR) | (b_shift > -10000)).to(tl.int32)
@@ -63,7 +64,7 @@ def chain_edges_kernel(
         o_i = i + o_b
         mask = (o_i[:, None] < K) & (o_j[None, :] < K)
         b_g = tl.load(p_transitions + o_i[:, None] * K + o_j[None, :], mask=mask, other=NEG_INF).to(tl.float64)
-        b_p, b_n = split(tl.where(b_g == NEG_INF, NEG_INF, tl.minimum(tl.maximum(b_g, -LIMIT), LIMIT)))
+        b_p, b_n = split(tl.where(b_g == NEG_INF, NEG_INF, clamped(b_g)))
         b_e = scaled(b_p, b_n - b_shift[None, :])
         at = o_i[:, None] * KP + o_j[None, :]
         if p_wide is not None:

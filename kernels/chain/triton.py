@@ -60,7 +60,11 @@ CHUNK = 32  # steps of one sequence that a product of the transition gradient ta
 SCAN = 128  # steps that compaction and scoring take at once
 PARTS = 256  # programs that share the transition gradient
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
-REGISTERS = {} if torch.version.hip else {"maxnreg": 255}  # else ptxas spills to make room for a second program
+
+
+def registers(num_warps: int) -> dict[str, int]:
+    """All that a program can have, where ptxas would else spill to make room for a second one."""
+    return {} if torch.version.hip else {"maxnreg": min(2048 // num_warps, 255)}
 
 
 def _scratch(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -120,7 +124,7 @@ def crf(
     )
     sizes = {"K": num_tags, "KP": c.KP, "KIND": kind}
     blocks = {"BI": c.BI, "BL": c.BL, "KEEP": c.KEEP, "CHUNK": SCAN, "num_warps": c.num_warps}
-    blocks |= REGISTERS if c.num_warps <= 8 else {}
+    blocks |= registers(c.num_warps) if c.num_warps <= 8 or dtype == torch.float64 else {}
     with _launching(emissions):
         if kind != SCORE:
             block = {"BI": min(c.KP, 16), "BJ": min(c.KP, 64)}
@@ -142,6 +146,7 @@ def crf(
         parts = _scratch(emissions, slots, num_tags, num_tags, dtype=dtype)
         out = (transitions, tags, weights, edges, steps, tape, right, low, count, paths, parts, batch, time)
         block = {"BK": c.tile, "CHUNK": CHUNK, "num_warps": c.tile_warps}
+        block |= registers(c.tile_warps) if dtype == torch.float64 else {}
         crf_counts_kernel[(slots, tiles)](*out, **sizes, **block, **OPTIONS)
     for shares, total in ((parts, grads.transitions), (ends[:, 0], grads.start), (ends[:, 1], grads.end)):
         torch.sum(shares, 0, out=total)

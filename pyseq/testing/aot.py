@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pyseq.ops._backend import OLDEST_TRITON_FOR_AMD
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 REGISTERS = {"sm_80": 65536, "sm_90": 65536, "sm_100": 65536, "gfx942": 131072}  # 32-bit, one program's share at most
 SPILL = 8  # bytes a thread: two registers, once, are no matter
@@ -30,6 +32,18 @@ _TYPES = {
     torch.uint8: "u8",
     torch.bool: "i1",
 }
+
+
+class Binary(NamedTuple):
+    """What a room's `binaries(quick)` yields: a call of its Triton launchers, on tensors of any device, also "meta".
+
+    labels: what tells the call from others, such as {"dtype": "float32", "K": 9}. module: where the launchers find
+    their kernels.
+    """
+
+    labels: dict[str, str | int]
+    module: ModuleType
+    call: Callable[[], object]
 
 
 class Launch(NamedTuple):
@@ -80,12 +94,35 @@ def record(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
     return launches
 
 
+def serves(target: str) -> bool:
+    """Whether this release of Triton compiles pyseq's kernels for one of TARGETS."""
+    import triton
+
+    release = tuple(map(int, triton.__version__.split(".")[:2]))
+    return target.startswith("sm_") or release >= OLDEST_TRITON_FOR_AMD
+
+
 def compile_launch(launch: Launch, target: str) -> Any:
     """Triton's compiled kernel of a launch for one of TARGETS."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    source = ASTSource(launch.kernel, *_signature(launch))
+    if target.startswith("sm_"):
+        where = GPUTarget("cuda", int(target[3:]), 32)
+    else:
+        where = GPUTarget("hip", target, 64)
+    return triton.compile(source, target=where, options=launch.options)
+
+
+def binary_of(launch: Launch) -> str:
+    """The same for launches that one binary serves."""
+    return repr((launch.kernel.__name__, _signature(launch), launch.options))
+
+
+def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+    """Types of arguments, values of constants, and what is promised of pointers."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -99,12 +136,7 @@ def compile_launch(launch: Launch, target: str) -> Any:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    if target.startswith("sm_"):
-        where = GPUTarget("cuda", int(target[3:]), 32)
-    else:
-        where = GPUTarget("hip", target, 64)
-    return triton.compile(source, target=where, options=launch.options)
+    return signature, constants, attributes
 
 
 def recompiled_by(a: Launch, b: Launch) -> list[str]:

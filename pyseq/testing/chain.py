@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from pyseq import explain, ops
-from pyseq.kernels.chain import NLL, PARTITION, SCORE
+from pyseq.kernels.chain import NLL, PARTITION, SCORE, Gradients
 from pyseq.kernels.chain import Chain as Inputs
+from pyseq.ops._backend import launcher
 from pyseq.testing import Array, assert_within, launches, unit
+from pyseq.testing.aot import Binary
 
 NEG_INF = -math.inf
 KINDS: dict[int, Callable[..., Any]] = {PARTITION: ops.crf_log_partition, NLL: ops.crf_nll, SCORE: ops.crf_score}
@@ -420,3 +422,64 @@ def recorded_paths(backend: str, mask: int = 3) -> Iterator[list[Tensor]]:
 
     with launches("chain", backend, wrap):
         yield found
+
+
+def triton_call(kind: int, dtype: torch.dtype, tags: int, batch: int = 1, time: int = 2) -> Callable[[], None]:
+    """A loss with gradients and Viterbi by Triton's launchers, with all optional arguments but lengths, on tensors
+    without data: for those who only record the launches."""
+    kernels = launcher("chain", "triton")
+    wide = torch.promote_types(dtype, torch.float32)
+    new = functools.partial(torch.empty, device="meta", dtype=wide)
+    scores, labels = new(batch, time, tags, dtype=dtype), new(batch, time, dtype=torch.int64)
+    mask, value, edge, pairs = new(batch, time, dtype=torch.bool), new(batch), new(tags), new(tags, tags)
+    inputs = Inputs(scores, pairs, edge, edge, None if kind == PARTITION else labels, mask, weights=value)
+    grads = Gradients(new(batch, time, tags), pairs, edge, edge)
+
+    def call() -> None:
+        kernels.crf(inputs, kind, "none", False, value, grads)
+        kernels.viterbi(inputs, False, value, labels)
+
+    return call
+
+
+def binaries(quick: bool) -> Iterator[Binary]:
+    """What `make aot` compiles; quick: two sizes and dtypes, pairwise, at 128 tags with the most edges in registers."""
+    names = {PARTITION: "partition", NLL: "nll", SCORE: "score"}
+    sizes, dtypes = (2, 9, 32, 128, 512, 1024), (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    every = itertools.product(sizes, dtypes, names)
+    for tags, dtype, kind in ((9, torch.bfloat16, NLL), (128, torch.float32, NLL)) if quick else every:
+        labels: dict[str, str | int] = {"kind": names[kind], "dtype": str(dtype)[6:], "K": tags}
+        yield Binary(labels, launcher("chain", "triton"), triton_call(kind, dtype, tags))
+
+
+def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What `make gpu` asks of Triton first, kernel by kernel: a name, and a call that raises where a result is wrong.
+
+    Edges in registers, streamed ones, and the most warps, with holes in the sequences; one small shape on the CPU,
+    which interprets.
+    """
+    shapes = [(2, 3, 5)] if device == "cpu" else [(17, 40, 9), (5, 20, 130), (3, 12, 600)]
+
+    def values(problem: Chain, kind: int) -> None:
+        Known(problem).check(problem.to(device), "triton", (kind,))
+
+    def best(problem: Chain) -> None:
+        truth, (score, path) = exact(problem), problem.to(device)(ops.viterbi, "triton")
+        rounded = 2 * problem.emissions.size(1) * unit(torch.float64) * truth.size_z + unit(score.dtype) * abs(
+            truth.best
+        )
+        assert_within("score", score, truth.best, rounded)
+        assert path.tolist() == truth.path.tolist(), "another path"
+
+    def domains() -> None:
+        with recorded_paths("triton") as paths:
+            values(mixed(), NLL)
+        assert {int(path) for call in paths for path in call} == {0, 1, 2}, "a branch did not run"
+
+    for shape, dtype in itertools.product(shapes, (torch.float32, torch.float64, torch.bfloat16, torch.float16)):
+        problem, name = chain(*shape, dtype, "holes"), f"{str(dtype)[6:]} K={shape[2]}"
+        for kind, op in KINDS.items():
+            if kind == NLL or (shape, dtype) == (shapes[0], torch.float32):
+                yield f"{op.__name__} {name}", functools.partial(values, problem, kind)
+        yield f"viterbi {name}", functools.partial(best, problem)
+    yield "all domains", domains

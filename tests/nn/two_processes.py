@@ -1,0 +1,75 @@
+"""FSDP2 and DistributedDataParallel over two gloo processes, against one process with the joined batch.
+
+Run by test_crf_hooks.py: `python two_processes.py STORE`, where STORE is a file that does not exist yet.
+"""
+
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from pyseq.nn import CRF
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.crf = nn.Linear(4, 3), CRF(3, batch_first=True)
+
+    def forward(self, x: Tensor, tags: Tensor) -> Tensor:
+        return self.crf.nll(self.encoder(x), tags)
+
+
+def assert_same_gradients(found: nn.Module, wanted: nn.Module) -> None:
+    for p, q in zip(found.parameters(), wanted.parameters(), strict=True):
+        grad: Any = p.grad
+        torch.testing.assert_close(grad.full_tensor() if hasattr(grad, "full_tensor") else grad, q.grad)
+
+
+def work(rank: int, store: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(1)
+    x, tags = torch.randn(6, 5, 4), torch.randint(3, (6, 5))
+    mine = slice(3 * rank, 3 * rank + 3)
+    whole = Net()
+    whole(x, tags).backward()
+    with torch.no_grad():
+        emissions = whole.encoder(x)
+
+    sharded = Net()
+    fully_shard(sharded.crf, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    sharded(x[mine], tags[mine]).backward()
+    assert_same_gradients(sharded, whole)
+
+    alone, sharded_head, parallel_head = heads = [Net().crf for _ in range(3)]
+    fully_shard(sharded_head, mesh=mesh)
+    wrapper = DistributedDataParallel(parallel_head)
+    optimizers = [torch.optim.SGD(head.parameters(), lr=0.5) for head in heads]
+    for _ in range(3):
+        alone.nll(emissions, tags).backward()
+        sharded_head.nll(emissions[mine], tags[mine]).backward()
+        wrapper(emissions[mine], tags[mine], reduction="mean", compute="nll").backward()
+        for head in (sharded_head, parallel_head):
+            assert_same_gradients(head, alone)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for method in ("viterbi", "marginals", "decode"):
+        found, wanted = (getattr(head, method)(emissions[mine]) for head in (sharded_head, alone))
+        torch.testing.assert_close(found, wanted)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    spawn(work, (sys.argv[1],), nprocs=2)
