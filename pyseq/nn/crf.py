@@ -209,10 +209,7 @@ class CRF(nn.Module):
 
     def _chain(self, emissions: Tensor, mask: Tensor | None) -> _Chain:
         """Views with the batch first, and a bool mask."""
-        held = self._parameters  # a microsecond faster than attributes
-        transitions, start, end = (held.get("transitions"), held.get("start_transitions"), held.get("end_transitions"))
-        if transitions is None or start is None or end is None:  # pruned or parametrized
-            transitions, start, end = self.transitions, self.start_transitions, self.end_transitions
+        transitions = self.transitions
         if transitions.dtype == torch.float64:
             emissions = emissions.double()
         if mask is not None and mask.dtype != torch.bool:
@@ -222,7 +219,7 @@ class CRF(nn.Module):
         if not self.batch_first:
             emissions = emissions.transpose(0, 1)
             mask = None if mask is None else mask.transpose(0, 1)
-        return emissions, transitions, start, end, mask
+        return emissions, transitions, self.start_transitions, self.end_transitions, mask
 
 
 def _dense(name: str, x: object) -> Tensor:
