@@ -7,6 +7,9 @@ import contextlib
 import functools
 import itertools
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -101,6 +104,15 @@ def guarded(room: str, backend: str) -> Iterator[Iterator[int]]:
 
     with launches(room, backend, wrap):
         yield count
+
+
+def script(text: str, **environ: str) -> str:
+    """Standard output of a fresh interpreter with warnings as errors, without our switches but those given."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYSEQ_", "TRITON_"))}
+    command = [sys.executable, "-W", "error", "-c", text]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=kept | environ, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
 
 
 def pairwise(cases: Iterable[Any], options: Iterable[Any], every: int = 6) -> list[Any]:

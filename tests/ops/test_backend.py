@@ -2,9 +2,7 @@
 
 import importlib.util
 import inspect
-import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -15,21 +13,12 @@ from pyseq import info, ops
 from pyseq.kernels import _cpu
 from pyseq.ops import _backend
 from pyseq.ops._backend import BACKENDS, OPS, Backends, Explanation, explain
-from pyseq.testing import cpu_level
+from pyseq.testing import cpu_level, script
 from pyseq.testing.chain import Chain, chain, recorded_paths
 
 
 def small() -> Chain:
     return chain(2, 3, 4)
-
-
-def script(text: str, *flags: str, **environ: str) -> str:
-    """Standard output of a fresh interpreter with warnings as errors."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYSEQ_", "TRITON_"))}
-    command = [sys.executable, "-W", "error", *flags, "-c", text]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**kept, **environ})
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:

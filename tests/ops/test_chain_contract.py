@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from pyseq import ops
 from pyseq.kernels.chain import NLL, PARTITION, SCORE
 from pyseq.ops._backend import BACKENDS, settings
-from pyseq.testing import assert_within, unit
+from pyseq.testing import assert_within, script, unit
 from pyseq.testing.chain import Chain, chain, exact, mixed
 
 CPU = ("reference", "numba", "cpp")
@@ -28,19 +27,8 @@ on_every = pytest.mark.parametrize("backend", BACKENDS)
 quiet_dynamo = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
-def script(text: str, timeout: float = 120, **environ: str) -> str:
-    """Standard output of a fresh interpreter with warnings as errors."""
-    import os
-
-    command = [sys.executable, "-W", "error", "-c", text]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environ})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@on_every
 @pytest.mark.usefixtures("poison")
-def test_uninitialised_memory_is_poisoned(backend: str) -> None:
+def test_uninitialised_memory_is_poisoned() -> None:
     like = torch.zeros(3)
     for fresh in (torch.empty(3), torch.empty_like(like), like.new_empty(3), torch.empty_strided((3,), (1,))):
         assert fresh.isnan().all()
@@ -302,25 +290,6 @@ def test_jit_trace(backend: str) -> None:
     for x in (problem, other):
         got, right = traced(x.emissions, x.transitions), all_of_it(x.emissions, x.transitions)
         assert all(map(torch.equal, got, right))
-
-
-@quiet_dynamo
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own imports
-def test_compile_with_inductor() -> None:
-    torch.compiler.reset()
-    problem = chain(3, 5, 4, seed=2)
-    linear, tags = nn.Linear(4, 4), problem.tags
-    assert tags is not None
-
-    def loss(x: Tensor, transitions: Tensor) -> Tensor:
-        return ops.crf_nll(linear(x), transitions, tags, backend="cpp").mean()
-
-    right = torch.autograd.grad(loss(problem.emissions, problem.transitions), linear.weight)
-    got = torch.autograd.grad(
-        torch.compile(loss, fullgraph=True)(problem.emissions, problem.transitions), linear.weight
-    )
-    torch.testing.assert_close(got, right)
 
 
 @quiet_dynamo
@@ -613,21 +582,6 @@ def test_bad_input(name: str, mutate: Callable[[Chain], Chain], error: type, mes
         for op in (ops.crf_log_partition, ops.crf_marginals, ops.viterbi):
             with pytest.raises(error, match=message):
                 bad(op, backend)
-
-
-@on_cpu
-def test_labels_out_of_range_are_fine_where_absent(backend: str) -> None:
-    problem = chain(3, 5, 4).replace(mask=MASK.clone())
-    assert problem.mask is not None
-    problem.mask[1, 2] = False
-    right = problem(ops.crf_nll, backend)
-    assert torch.equal(put_label(problem, -100)(ops.crf_nll, backend), right)
-    assert torch.equal(put_label(problem, 4)(ops.crf_nll, backend), right)
-
-
-def put_label(problem: Chain, tag: int) -> Chain:
-    assert problem.tags is not None
-    return problem.replace(tags=put((1, 2), tag)(problem.tags))
 
 
 @pytest.mark.parametrize("backend", ["numba", "cpp"])

@@ -6,8 +6,6 @@ import functools
 import importlib.util
 import inspect
 import math
-import subprocess
-import sys
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ from pyseq.kernels import OK, UNFIT
 from pyseq.ops import _autograd, _backend, _chain, _chain_reference, _library, _torch
 from pyseq.ops._backend import Backends
 from pyseq.ops._library import Raw
+from pyseq.testing import script
 
 
 class Lists(NamedTuple):
@@ -252,7 +251,8 @@ def test_every_private_name_of_torch_may_go(gone: tuple[str, ...], monkeypatch: 
 
 
 def test_pyseq_is_imported_beside_a_torch_that_renamed_them_all() -> None:
-    script = f"""
+    out = script(
+        f"""
 import functools, torch
 for name in {NAMES!r}:
     owner, _, last = name.rpartition(".")
@@ -263,8 +263,8 @@ for name in {NAMES!r}:
 import pyseq, pyseq.ops, pyseq.nn
 print(pyseq.explain(pyseq.ops.viterbi, torch.ones(1, 1, 1)).chosen)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, "cpp"), done.stderr[-3000:]
+    )
+    assert out == "cpp"
 
 
 def test_private_names_stand_in_one_file() -> None:
