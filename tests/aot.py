@@ -8,7 +8,7 @@ import csv
 import importlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def write(path: Path, rows: list[dict[str, Any]], targets: list[str]) -> None:
         writer.writerows(rows)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("room", nargs="*", default=list(rooms()), help="rooms to compile; all by default")
     parser.add_argument("--quick", action="store_true", help="few dtypes and sizes")
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE", help="rows with such a kernel or label")
     parser.add_argument("--num-warps", type=int, help="instead of the launcher's own")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     targets = [target for target in args.targets if serves(target)]
     for target in args.targets:
