@@ -33,8 +33,8 @@ def against(room: Room, peer: str) -> Room:
     return replace(room, providers=kept, modes=[m for m in room.modes if m.name in found.setups], baseline=found.name)
 
 
-def measure(name: str, room: Room, device: str, quick: bool) -> list[Row]:
-    """Run a room's cases under one progress bar, printing each table as it is ready."""
+def measure(name: str, room: Room, device: str, quick: bool, path: Path | None) -> list[Row]:
+    """Run a room's cases under one progress bar; each table is printed, and its rows are written, as it is ready."""
     plan = QUICK if quick else Plan()
     cases = [(w, m) for w in room.workloads if w.quick or not quick for m in room.modes]
     live = sys.stderr.isatty()
@@ -57,6 +57,8 @@ def measure(name: str, room: Room, device: str, quick: bool) -> list[Row]:
                     tqdm.write(f"{row.provider} {row.status}", file=sys.stdout)
             tqdm.write(f"\n{_rows.case_table(found)}", file=sys.stdout)
             rows += [row for row in found if not row.missing]
+            if path is not None:
+                _rows.upsert(path, rows)
     return rows
 
 
@@ -98,11 +100,11 @@ def main(argv: Sequence[str] | None = None, folder: Path = HERE, root: Path = HE
             if args.list:
                 print(listing(name, room))
                 continue
-            rows = measure(name, against(room, args.against) if args.against else room, args.device, args.quick)
+            room = against(room, args.against) if args.against else room
+            path = args.csv or (None if args.quick else folder / "results" / f"{name}.csv")
+            rows = measure(name, room, args.device, args.quick, path)
             red += [row for row in rows if row.red]
-            if args.csv is not None or not args.quick:
-                path = args.csv or folder / "results" / f"{name}.csv"
-                _rows.upsert(path, rows)
+            if path is not None:
                 print(f"rows written to {path}")
         if args.plot or args.report:
             files = {name: folder / "results" / f"{name}.csv" for name in known}
