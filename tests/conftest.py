@@ -63,6 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Forced instruction set levels are slow, but for tests marked `levels`; with a condition on the parameters,
     there."""
     for item in items:
+        item.extra_keyword_matches.add(getattr(getattr(item, "module", None), "ROOM", ""))  # for make test ROOM=
         params = getattr(getattr(item, "callspec", None), "params", {})
         if isinstance(params.get("target"), Target) and params["target"].level:
             mark = item.get_closest_marker("levels")

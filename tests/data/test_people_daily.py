@@ -20,6 +20,7 @@ from pyseq.data import (
     word_spans,
 )
 
+ROOM = "chain"
 SEQEVAL = "compares with seqeval: pip install seqeval"
 
 

@@ -13,6 +13,7 @@ from pyseq.data import Sentence
 from pyseq.models import SequenceTagger
 from pyseq.reference import chain as reference
 
+ROOM = "chain"
 Head = Literal["crf", "softmax"]
 HEADS: tuple[Head, ...] = ("crf", "softmax")
 CHARS, TAGS = 11, 5

@@ -21,6 +21,7 @@ from pyseq.nn import CRF, crf_parameter_groups
 from pyseq.nn.crf import Ignored, Reduction
 from pyseq.testing import launches
 
+ROOM = "chain"
 K = 4
 NATS = 20.0  # path scores and log Z of the small problems here are below this
 REDUCTIONS: list[Reduction] = ["none", "sum", "mean", "token_mean"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyseq.nn import CRF
 from pyseq.nn.crf import Reduction
 
+ROOM = "chain"
 torchcrf = pytest.importorskip("torchcrf", reason="compares with pytorch-crf: pip install pytorch-crf==0.7.2")
 
 K = 4

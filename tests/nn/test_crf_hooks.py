@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, prune
 
 from pyseq.nn import CRF, crf_parameter_groups
 
+ROOM = "chain"
 METHODS = ("nll", "decode", "viterbi", "marginals")
 
 
