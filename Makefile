@@ -1,5 +1,5 @@
 # Each target sets up what it needs: a .venv pinned by constraints.txt, and pyseq in it with its C++ extension.
-# ROOM=chain narrows test, test-slow, bench, aot and gpu to one room: tests whose file or name says so. ARGS go along.
+# ROOM=<room> narrows test, test-slow, bench, aot and gpu to one room: tests whose file, name or ROOM says so. ARGS go along.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
