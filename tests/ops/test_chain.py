@@ -51,12 +51,12 @@ def known_chain(*args: Any, **kwargs: Any) -> Known:
 
 SHAPES = (
     (0, 2, 3), (3, 0, 2), (1, 1, 1), (3, 7, 1), (1, 2, 2), (3, 5, 3), (17, 7, 9), (33, 4, 16), (9, 6, 17), (5, 3, 33),
-    (17, 3, 63), (3, 20, 64), (4, 13, 129),
+    (17, 3, 63), (3, 9, 64), (4, 5, 129),
 )  # fmt: skip
 CASES = [
     (*shape, live) for i, (shape, live) in enumerate(itertools.product(SHAPES, LIVE)) if i % 3 == 0 or shape[0] == 17
 ]
-EDGES = ((17, 7, 9), (9, 6, 17), (5, 3, 33), (4, 13, 129))  # ragged groups and tiles of every layout
+EDGES = ((17, 7, 9), (9, 6, 17), (5, 3, 33), (4, 5, 129))  # ragged groups and tiles of every layout
 
 
 def at_edges(params: dict[str, Any]) -> bool:
