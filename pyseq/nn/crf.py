@@ -34,7 +34,7 @@ class CRF(nn.Module):
 
     Every method goes through `__call__`, so hooks, pruning, parametrizations and FSDP2 see each of them. Under
     DistributedDataParallel call the wrapper, `ddp(emissions, tags, mask, "mean", compute="nll")`, never
-    `ddp.module.nll`. A subclass's own `forward` calls `super().forward`, not a method, which would call it again.
+    `ddp.module.nll`. In a subclass with a `forward` of its own the methods compute past it, and past hooks.
     transformers' `from_pretrained` leaves a CRF that the checkpoint lacks as raw memory, unless the model's
     `_init_weights` calls its `reset_parameters()`.
 
@@ -87,8 +87,8 @@ class CRF(nn.Module):
         Returns float64 where emissions or parameters are float64, else float32; -inf, with zero gradient, for a
         sequence whose tags are forbidden. Differentiable twice.
         Raises ValueError, in the words of `torchcrf.CRF`, for a wrong shape or reduction; ValueError for another word
-        in `compute` or `ignored`, for tensors on different devices, and for a tag out of range (on the CPU outside
-        compile or with PYSEQ_CHECK=1; elsewhere its sequence becomes NaN); TypeError for a wrong dtype, and for tags
+        in `compute` or `ignored`, for tensors on different devices, and for a tag out of range (on the CPU in
+        eager mode or with PYSEQ_CHECK=1; elsewhere its sequence becomes NaN); TypeError for a wrong dtype, and for tags
         that are missing or of no use.
 
         >>> crf = CRF(1, batch_first=True)  # with one tag there is one path
@@ -146,9 +146,8 @@ class CRF(nn.Module):
         >>> crf.nll(torch.zeros(1, 2, 1), torch.tensor([[0, 0]])).item()
         0.0
         """
-        return self(  # type: ignore[no-any-return]
-            emissions, tags, mask, reduction, ignore_index=ignore_index, ignored=ignored, compute="nll"
-        )
+        options: dict[str, Any] = {"ignore_index": ignore_index, "ignored": ignored, "compute": "nll"}
+        return self._call(emissions, tags, mask, reduction, **options)  # type: ignore[no-any-return]
 
     def decode(self, emissions: Tensor, mask: Tensor | None = None) -> list[list[int]]:
         """The best tags of each sequence's live steps, as B lists; all -1 where no path is feasible.
@@ -162,7 +161,7 @@ class CRF(nn.Module):
         >>> CRF(3, batch_first=True).decode(torch.eye(3).unsqueeze(0))
         [[0, 1, 2]]
         """
-        return self(emissions, None, mask, compute="decode")  # type: ignore[no-any-return]
+        return self._call(emissions, None, mask, compute="decode")  # type: ignore[no-any-return]
 
     def viterbi(self, emissions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The best path and its score.
@@ -178,7 +177,7 @@ class CRF(nn.Module):
         >>> CRF(3, batch_first=True).viterbi(torch.eye(3).unsqueeze(0))[1]
         tensor([[0, 1, 2]])
         """
-        return self(emissions, None, mask, compute="viterbi")  # type: ignore[no-any-return]
+        return self._call(emissions, None, mask, compute="viterbi")  # type: ignore[no-any-return]
 
     def marginals(self, emissions: Tensor, mask: Tensor | None = None) -> Tensor:
         """Posterior probability of each tag at each step.
@@ -193,7 +192,11 @@ class CRF(nn.Module):
         >>> CRF(3, batch_first=True).marginals(torch.zeros(1, 2, 3)).sum(2).round(decimals=4).tolist()
         [[1.0, 1.0]]
         """
-        return self(emissions, None, mask, compute="marginals")  # type: ignore[no-any-return]
+        return self._call(emissions, None, mask, compute="marginals")  # type: ignore[no-any-return]
+
+    def _call(self, *args: Any, **options: Any) -> Any:
+        """Through `__call__`, but past a subclass's own forward, which may know nothing of `compute`."""
+        return self(*args, **options) if type(self).forward is CRF.forward else CRF.forward(self, *args, **options)
 
     def _validate(self, emissions: Tensor, tags: Tensor | None, mask: Tensor | None, tagged: bool) -> None:
         _dense("emissions", emissions)

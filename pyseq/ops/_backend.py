@@ -30,7 +30,7 @@ class _Settings:
     """What the environment said when pyseq was imported, and `use_backend` since."""
 
     backend: str = os.environ.get("PYSEQ_BACKEND") or "auto"
-    source: str = "PYSEQ_BACKEND"
+    source: object = "PYSEQ_BACKEND"  # or the `use_backend` that said so
     check: bool = os.environ.get("PYSEQ_CHECK") == "1"
 
 
@@ -48,14 +48,22 @@ class use_backend:
     def __init__(self, backend: Backend) -> None:
         if backend not in get_args(Backend):
             raise ValueError(f"backend must be {_CHOICES}, got {backend!r}")
+        self._backend = backend
+        self._set()
+
+    def _set(self) -> None:
         self._before = settings.backend, settings.source
-        settings.backend, settings.source = backend, "use_backend"
+        settings.backend, settings.source = self._backend, self
 
     def __enter__(self) -> None:
-        pass
+        if settings.source is not self:  # used again, or another one came between
+            self._set()
 
     def __exit__(self, *exception: object) -> None:
         settings.backend, settings.source = self._before
+
+    def __str__(self) -> str:
+        return "use_backend"
 
 
 _CHOICES = f"'auto' or one of {', '.join(BACKENDS)}"
@@ -117,7 +125,7 @@ class Backends:
 
     def choose(self, backend: str, inputs: Any) -> str:
         """The backend that serves, or ValueError with the reasons of the one asked for by name."""
-        said = "backend"
+        said: object = "backend"
         if backend == "auto":
             backend, said = settings.backend, settings.source
         if backend == "auto":

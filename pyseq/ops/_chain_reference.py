@@ -90,7 +90,9 @@ def derivatives(
         )
 
     with torch.enable_grad():
-        moved = Chain(*map(leaf, chain))
+        leaves = Chain(*map(leaf, chain))
+        # what is multiplied with the gradient of half precision scores is not rounded to them
+        moved = leaves._replace(emissions=leaves.emissions.to(leaves.transitions.dtype))
         out = value(moved, options)
         outputs, seeds = [out], [torch.zeros_like(out) if upstream is None else upstream]
         if any(up is not None for up in ups):
@@ -101,7 +103,7 @@ def derivatives(
             for (_, up), grad in zip(of, first, strict=True):
                 if grad.requires_grad:  # a path's score is linear
                     outputs, seeds = [*outputs, grad], [*seeds, up]
-        wanted = [x for x, given in zip(moved, chain, strict=True) if given is not None and given.requires_grad]
+        wanted = [x for x, given in zip(leaves, chain, strict=True) if given is not None and given.requires_grad]
         grads = iter(torch.autograd.grad(outputs, wanted, seeds, create_graph=again, allow_unused=True))
     return [None if x is None or not x.requires_grad else next(grads) for x in chain]
 

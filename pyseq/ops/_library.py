@@ -66,8 +66,15 @@ class Raw:
             self._make_differentiable(name, gradient)
 
     def __call__(self, inputs: Any, options: Any, direct: bool | None = None) -> Any:
-        """Through the dispatcher, or straight to the kernel where it would add nothing (direct: if that is known)."""
-        direct = plain(inputs) if direct is None else direct
+        """Through the dispatcher, or straight to the kernel where it would add nothing.
+
+        direct: whether it would, by a caller who has chosen the backend too; a gradient formula, which may have it from
+        a graph, leaves both to this call.
+        """
+        if direct is None:
+            direct = plain(inputs)
+            if direct:
+                options = options._replace(backend=self.backends.choose(options.backend, inputs))
         if direct and not (self._first and torch.is_grad_enabled() and needs_grad(inputs)):
             try:
                 return self._run(inputs, options)

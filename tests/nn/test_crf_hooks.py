@@ -162,3 +162,24 @@ def test_two_processes(tmp_path: Path) -> None:
     command = [sys.executable, str(script), str(tmp_path / "store")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_subclass_with_a_forward_of_its_own() -> None:
+    """As torchcrf's users write it; methods neither meet its signature nor call themselves."""
+
+    class Loss(CRF):
+        def forward(self, emissions: Tensor, tags: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+            return -super().forward(emissions, tags, mask, reduction="mean")  # type: ignore[operator]
+
+    class Again(CRF):
+        def forward(self, emissions: Tensor, tags: Tensor) -> Tensor:  # type: ignore[override]
+            return self.nll(emissions, tags)
+
+    emissions, tags, mask = example()
+    plain = CRF(3, batch_first=True)
+    for kind in (Loss, Again):
+        crf = kind(3, batch_first=True)
+        crf.load_state_dict(plain.state_dict())
+        assert torch.equal(crf(emissions, tags), plain.nll(emissions, tags))
+        assert crf.decode(emissions, mask) == plain.decode(emissions, mask)
+        assert torch.equal(crf.nll(emissions, tags, mask), plain.nll(emissions, tags, mask))

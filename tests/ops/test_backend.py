@@ -83,6 +83,10 @@ def test_use_backend_says_what_auto_means() -> None:
     undo = pyseq.use_backend("numba")
     assert explain(ops.viterbi, problem.emissions).chosen == "numba"
     undo.__exit__()
+    for _ in range(2):  # one object, again and again, and after another one
+        with undo:
+            assert explain(ops.viterbi, problem.emissions).chosen == "numba"
+        assert explain(ops.viterbi, problem.emissions).chosen == before
     with pytest.raises(ValueError, match="reduction must be"), pyseq.use_backend("reference"):
         ops.crf_nll(problem.emissions, problem.transitions, problem.tags, reduction="no")  # type: ignore[arg-type]
     assert explain(ops.viterbi, problem.emissions).chosen == before

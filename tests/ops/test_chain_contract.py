@@ -247,6 +247,21 @@ def test_compiled_marginals_and_their_gradient(backend: str) -> None:
 
 
 @on_cpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_scores_round_no_gradient_of_the_parameters(dtype: torch.dtype, backend: str) -> None:
+    """The weights of marginals are float32, whatever the scores are."""
+    half = chain(2, 8, 5, dtype, seed=3)
+    single = half.single()
+    weights = torch.randn(2, 8, 5)
+    found, right = (
+        torch.autograd.grad((leaves(ops.crf_marginals, backend) * weights).sum(), leaves.scores()[1:])
+        for leaves in (half.leaves(), single.leaves())
+    )
+    for got, wanted in zip(found, right, strict=True):
+        assert_within("gradient", got, wanted.double().numpy(), 16 * unit(torch.float32) * float(wanted.abs().max()))
+
+
+@on_cpu
 def test_marginals_in_every_mode(backend: str) -> None:
     """Under saved-tensor hooks (checkpoints, offloading), in inference mode, and without steps."""
     problem = chain(2, 3, 3)
@@ -391,7 +406,10 @@ def test_exported_training(task: str, strict: bool, backend: str) -> None:
     """The gradients of eager training, of the encoder too, and their gradients."""
     module = Tagger(task, backend)
     program = torch.export.export(module, example(), strict=strict).module()
-    found, right = (module.derivatives(loss) for loss in (program(*example()), module(*example())))
+    both = program, module
+    once = [torch.autograd.grad(model(*example()), list(module.parameters())) for model in both]
+    assert all(map(torch.allclose, *once))  # other routes than with create_graph
+    found, right = (module.derivatives(model(*example())) for model in both)
     for got, wanted in zip(found, right, strict=True):
         largest = float(wanted.detach().abs().max())
         assert largest > 0
@@ -424,7 +442,7 @@ def test_pipelined_training() -> None:
 def test_an_exported_graph_takes_the_backend_of_where_it_runs(tmp_path: Any) -> None:
     """What was made beside the extension serves without it, without Numba, and as `use_backend` says."""
     made, where = {}, str(tmp_path)
-    for task in ("mean", "marginals", "viterbi"):
+    for task in ("mean", "each", "marginals", "viterbi"):
         module = Tagger(task, "auto")
         torch.export.save(torch.export.export(module, example()), f"{where}/{task}.pt2")
         made[task] = module(*example())
@@ -452,6 +470,9 @@ for wanted in ("auto", "numba", "reference")[: 1 if {missing!r} else 3]:
         torch.testing.assert_close(found, value)
         found.backward()
         assert all(x.grad.abs().max() > 0 for x in module.parameters())
+        if task == "each":  # in backward, too, the backend is that of the moment
+            with pyseq.use_backend("reference"):
+                module(*inputs).backward()
     print(pyseq.explain(ops.crf_nll, inputs[0]).chosen, end=" ")
 """
         )
