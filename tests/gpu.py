@@ -17,8 +17,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / os.environ.get("OUT", "build/gpu")
@@ -31,8 +31,6 @@ gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 print(", ".join(gpus) or "no GPU: torch sees no CUDA device")
 sys.exit(0 if gpus else 2)
 """
-
-
 OUTCOMES = "PASSED|SKIPPED|FAILED|ERROR"
 OUTCOME = re.compile(rf"\[gw\d+\] \[[ \d]+%\] ({OUTCOMES}) |tests/\S+::.* ({OUTCOMES})\b")  # with xdist, and without
 
@@ -44,37 +42,22 @@ class Steps:
         self.environment, self.end = environment, time.monotonic() + SECONDS
         self.said: list[str] = []  # a line a step
 
-    def run(
-        self,
-        name: str,
-        *commands: list[str],
-        most: float = SECONDS,
-        keep: float = 0.0,
-        also: dict[str, str] | None = None,
-    ) -> int | None:
+    def run(self, name: str, *commands: list[str], most: float = SECONDS, keep: float = 0.0, **also: str) -> int | None:
         """The largest exit status; None if the step was stopped. most, keep: seconds for it and for later steps; also:
         more of the environment."""
-        log, start = OUT / f"{name}.txt", time.monotonic()
+        log, start, stopped = OUT / f"{name}.txt", time.monotonic(), False
         until = min(start + most, self.end - keep)
         if until < start + 5:
             self.said.append(f"{name}: left out, no time")
             return None
         print(f"== {name}: at most {until - start:.0f} s", flush=True)
-        stopped = False
         with log.open("ab") as file, log.open(errors="replace") as reader, contextlib.ExitStack() as stack:
-            processes = []
+            how: dict[str, Any] = {"cwd": ROOT, "env": self.environment | also, "start_new_session": True}
+            how |= {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+            processes: list[subprocess.Popen[bytes]] = []
             for command in commands:
-                process = subprocess.Popen(
-                    command,
-                    cwd=ROOT,
-                    env=self.environment | (also or {}),
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=file,
-                    start_new_session=True,
-                )
-                stack.callback(kill, process)
-                processes.append(process)
+                processes.append(subprocess.Popen(command, **how))
+                stack.callback(kill, processes[-1])
             while any(process.poll() is None for process in processes) and time.monotonic() < until + 5:
                 if time.monotonic() > until and not stopped:
                     stopped = True
@@ -84,9 +67,9 @@ class Steps:
                 print(reader.read(), end="", flush=True)
             print(reader.read(), end="", flush=True)
             status = None if stopped else max(abs(process.returncode) for process in processes)
-        seconds, last = time.monotonic() - start, (text_of(name).strip().splitlines() or [""])[-1]
+        last = (text_of(f"{name}.txt").strip().splitlines() or [""])[-1]
         ended = "stopped" if status is None else "ok" if status == 0 else f"exit status {status}, {last[:100]!r},"
-        self.said.append(f"{name}: {ended} after {seconds:.0f} s")
+        self.said.append(f"{name}: {ended} after {time.monotonic() - start:.0f} s")
         return status
 
 
@@ -97,7 +80,7 @@ def kill(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def check(rooms: list[str], device: str, share: int, shares: int, first: int) -> None:
+def check(rooms: list[str], device: str, first: int, shares: int) -> None:
     """Every so manieth case of the rooms, a line each. An error of the device ends a process: another one goes on."""
     import pyseq.ops  # noqa: F401  (defines the rooms)
     from pyseq.ops._backend import rooms as all_rooms
@@ -107,8 +90,8 @@ def check(rooms: list[str], device: str, share: int, shares: int, first: int) ->
         for room in rooms or all_rooms()
         for name, call in importlib.import_module(f"pyseq.testing.{room}").cases(device)
     ]
-    if first == share:
-        print(f"CASES {len(every[share::shares])}", flush=True)
+    if first < shares:
+        print(f"CASES {len(every[first::shares])}", flush=True)
     for index in range(first, len(every), shares):
         name, call = every[index]
         print(f"START {name}", flush=True)
@@ -120,8 +103,8 @@ def check(rooms: list[str], device: str, share: int, shares: int, first: int) ->
             print(f"WRONG {name}: {first_line(error)}", flush=True)
         except Exception as error:
             print(f"BROKE {name}: {type(error).__name__}: {first_line(error)}", flush=True)
-            again = ["--share", f"{share}/{shares}", "--first", str(index + shares)]
-            os.execv(sys.executable, [sys.executable, __file__, *rooms, "--check", device, *again])
+            again = [__file__, *rooms, "--check", device, "--share", f"{index + shares}/{shares}"]
+            os.execv(sys.executable, [sys.executable, *again])
 
 
 def first_line(error: Exception) -> str:
@@ -131,22 +114,21 @@ def first_line(error: Exception) -> str:
 def checked() -> tuple[str, list[str]]:
     """What the check has said: a line, and what went wrong."""
     said: dict[str, list[str]] = {word: [] for word in ("CASES", "START", "RIGHT", "WRONG", "BROKE")}
-    for line in text_of("check").splitlines():
+    for line in text_of("check.txt").splitlines():
         said.get(line[:5], []).append(line[6:])
-    right, wrong, broke = said["RIGHT"], said["WRONG"], said["BROKE"]
-    ended = [re.split(r": | \(", line)[0] for line in right + wrong + broke]
-    bad = [f"wrong: {line}" for line in wrong] + [f"broke: {line}" for line in broke]
+    ended = [re.split(r": | \(", line)[0] for word in ("RIGHT", "WRONG", "BROKE") for line in said[word]]
+    bad = [f"{word.lower()}: {line}" for word in ("WRONG", "BROKE") for line in said[word]]
     bad += [f"did not end: {name}" for name in said["START"] if name not in ended]
-    total = sum(map(int, said["CASES"]))
-    if len(right) + len(bad) < total:
-        bad.append(f"never begun: {total - len(right) - len(bad)}")
-    return f"{len(right)} of {total} kernel cases right", bad
+    right, total = len(said["RIGHT"]), sum(map(int, said["CASES"]))
+    if right + len(bad) < total:
+        bad.append(f"never begun: {total - right - len(bad)}")
+    return f"{right} of {total} kernel cases right", bad
 
 
 def tested() -> tuple[str, list[str]]:
     """What pytest has said, also if it was stopped."""
     counts, bad, total = dict.fromkeys(OUTCOMES.split("|"), 0), [], ""
-    for line in text_of("suite").splitlines():
+    for line in text_of("suite.txt").splitlines():
         if m := OUTCOME.match(line):
             counts[m[1] or m[2]] += 1
         elif re.match(r"(FAILED|ERROR) tests/", line):
@@ -158,11 +140,7 @@ def tested() -> tuple[str, list[str]]:
 
 def timed() -> list[str]:
     """Rows of ours, then of others."""
-    path = OUT / "bench.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: row["ours"] != "True")
+    rows = sorted(csv.DictReader(text_of("bench.csv").splitlines()), key=lambda row: row["ours"] != "True")
     return [
         f"{row['room']} {row['mode']} {row['workload']} {row['provider']}: "
         + (f"{float(row['median']) * 1e3:.3f} ms" if row["median"] else row["status"])
@@ -171,15 +149,14 @@ def timed() -> list[str]:
     ]
 
 
-def text_of(step: str) -> str:
-    path = OUT / f"{step}.txt"
+def text_of(name: str) -> str:
+    path = OUT / name
     return path.read_text(errors="replace") if path.exists() else ""
 
 
-def clipped(lines: list[str], most: int) -> Iterator[str]:
-    yield from (f"  {line[:180]}" for line in lines[:most])
-    if len(lines) > most:
-        yield f"  and {len(lines) - most} more"
+def clipped(lines: list[str], most: int) -> list[str]:
+    rest = len(lines) - most
+    return [f"  {line[:180]}" for line in lines[:most]] + [f"  and {rest} more"] * (rest > 0)
 
 
 def run(rooms: list[str], rehearse: bool) -> int:
@@ -188,29 +165,26 @@ def run(rooms: list[str], rehearse: bool) -> int:
         old.unlink()
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PIP_CONSTRAINT")}
     steps = Steps(environment | ({"TRITON_INTERPRET": "1"} if rehearse else {}))
-    python, device = sys.executable, "cpu" if rehearse else "cuda"
-    cpus = os.cpu_count() or 1
+    python, device, cpus = sys.executable, "cpu" if rehearse else "cuda", os.cpu_count() or 1
     jobs = max(min(8, cpus // 2), 1)
-    threads = {"OMP_NUM_THREADS": str(max(cpus // jobs, 1))}
+    threads = str(max(cpus // jobs, 1))
 
     status = steps.run("machine", [python, "-c", MACHINE], most=90)
-    machine = text_of("machine").strip().splitlines()[-2:]
+    machine = text_of("machine.txt").strip().splitlines()[-2:]
     if status != 0 and not rehearse:
         print(f"make gpu stops here: {machine[-1] if machine else 'the machine does not answer'}")
         return 2
 
     install = [python, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "-e", "."]
-    built = steps.run("build", install, most=120, also={"PYSEQ_BUILD_JOBS": str(cpus)})
+    built = steps.run("build", install, most=120, PYSEQ_BUILD_JOBS=str(cpus))
     if built != 0:  # the GPU needs no C++
-        built = steps.run("build", install, most=40, also={"PYSEQ_NO_EXT": "1"})
+        built = steps.run("build", install, most=40, PYSEQ_NO_EXT="1")
 
-    check = [python, __file__, *rooms, "--check", device]
-    shares = [[*check, "--share", f"{i}/{jobs}", "--first", str(i)] for i in range(jobs)]
-    check_status = steps.run("check", *shares, most=100, also=threads)
+    check = [python, __file__, *rooms, "--check", device, "--share"]
+    right = steps.run("check", *([*check, f"{i}/{jobs}"] for i in range(jobs)), most=100, OMP_NUM_THREADS=threads)
 
-    missing = [name for name in ("pytest", "hypothesis") if not importlib.util.find_spec(name)]
     suite_status: int | None = 0
-    if missing:
+    if missing := [name for name in ("pytest", "hypothesis") if not importlib.util.find_spec(name)]:
         steps.said.append(f"suite: left out, {' and '.join(missing)} missing")
     else:
         suite = [python, "-m", "pytest", "-v", "--tb=short", "--maxfail=20", "--continue-on-collection-errors"]
@@ -218,36 +192,31 @@ def run(rooms: list[str], rehearse: bool) -> int:
         suite += ["-p", "xdist", "-n", str(jobs)] if jobs > 1 and importlib.util.find_spec("xdist") else []
         words = [f"({' or '.join(rooms)})"] * bool(rooms) + ["triton"] * rehearse
         suite += ["-k", " and ".join(words)] * bool(words) + ["-m", "gpu and not slow"] * (not rehearse)
-        suite_status = steps.run("suite", suite, keep=60, also=threads | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+        suite_status = steps.run("suite", suite, keep=60, OMP_NUM_THREADS=threads, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 
     bench = [python, "bench", *rooms, "--device", device, "--quick", "--csv", str(OUT / "bench.csv")]
-    bench_status = steps.run("bench", bench, also={"TRITON_INTERPRET": "0"})
+    bench_status = steps.run("bench", bench, TRITON_INTERPRET="0")
 
-    right, wrong = checked()
-    passed, failed = tested()
-    red = [line for line in text_of("bench").splitlines() if line.startswith("RED ")]
-    lines = [*machine, *steps.said, right, *clipped(wrong, 8), f"tests: {passed or 'none'}", *clipped(failed, 6)]
+    (cases, wrong), (passed, failed) = checked(), tested()
+    red = [line for line in text_of("bench.txt").splitlines() if line.startswith("RED ")]
+    lines = [*machine, *steps.said, cases, *clipped(wrong, 8), f"tests: {passed or 'none'}", *clipped(failed, 6)]
     lines += clipped(red, 4)
     lines += [*clipped(timed(), LINES - len(lines) - 2), f"all of it: {OUT}"]
     (OUT / "summary.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(["", *lines]))
     stopped_at_worst = all(status in (0, None) for status in (suite_status, bench_status))
-    return int(built != 0 or check_status != 0 or bool(wrong) or not stopped_at_worst)
+    return int(built != 0 or right != 0 or bool(wrong) or not stopped_at_worst)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("room", nargs="*", help="rooms to look at; all by default")
-    parser.add_argument(
-        "--rehearse", action="store_true", help="on the CPU, by Triton's interpreter: does all of it run?"
-    )
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, by Triton's interpreter: does it all run?")
     parser.add_argument("--check", metavar="DEVICE", help=argparse.SUPPRESS)
     parser.add_argument("--share", default="0/1", help=argparse.SUPPRESS)
-    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.check:
-        share, shares = map(int, args.share.split("/"))
-        check(args.room, args.check, share, shares, args.first)
+        check(args.room, args.check, *map(int, args.share.split("/")))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return run(args.room, args.rehearse)

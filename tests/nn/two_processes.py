@@ -41,32 +41,23 @@ def work(rank: int, store: str) -> None:
     torch.manual_seed(1)
     x, tags = torch.randn(6, 5, 4), torch.randint(3, (6, 5))
     mine = slice(3 * rank, 3 * rank + 3)
-    whole = Net()
-    whole(x, tags).backward()
-    with torch.no_grad():
-        emissions = whole.encoder(x)
-
-    sharded = Net()
+    alone, sharded, parallel = nets = [Net() for _ in range(3)]
     fully_shard(sharded.crf, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
-    sharded(x[mine], tags[mine]).backward()
-    assert_same_gradients(sharded, whole)
-
-    alone, sharded_head, parallel_head = heads = [Net().crf for _ in range(3)]
-    fully_shard(sharded_head, mesh=mesh)
-    wrapper = DistributedDataParallel(parallel_head)
-    optimizers = [torch.optim.SGD(head.parameters(), lr=0.5) for head in heads]
+    wrapper = DistributedDataParallel(parallel.crf)
+    emissions = alone.encoder(x).detach()[mine]
+    optimizers = [torch.optim.SGD(net.crf.parameters(), lr=0.5) for net in nets]
     for _ in range(3):
-        alone.nll(emissions, tags).backward()
-        sharded_head.nll(emissions[mine], tags[mine]).backward()
-        wrapper(emissions[mine], tags[mine], reduction="mean", compute="nll").backward()
-        for head in (sharded_head, parallel_head):
-            assert_same_gradients(head, alone)
-        for optimizer in optimizers:
+        alone(x, tags).backward()
+        sharded(x[mine], tags[mine]).backward()
+        wrapper(emissions, tags[mine], reduction="mean", compute="nll").backward()
+        assert_same_gradients(sharded, alone)
+        assert_same_gradients(parallel.crf, alone.crf)
+        for net, optimizer in zip(nets, optimizers, strict=True):
             optimizer.step()
-            optimizer.zero_grad()
+            net.zero_grad()
     for method in ("viterbi", "marginals", "decode"):
-        found, wanted = (getattr(head, method)(emissions[mine]) for head in (sharded_head, alone))
+        found, wanted = (getattr(net.crf, method)(emissions) for net in (sharded, alone))
         torch.testing.assert_close(found, wanted)
     dist.destroy_process_group()
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 
 import pyseq
 from pyseq import ops
@@ -131,18 +130,6 @@ def test_opcheck_of_a_mutating_op_over_lists() -> None:
     torch.library.opcheck(torch.ops.pyseq.test_pull_.default, (*tensors(), 0.5, "numba"))
 
 
-def test_compiled_mutation_is_one_graph() -> None:
-    torch.compiler.reset()
-    counter = CompileCounter()
-    compiled = torch.compile(WAYS["past the dispatcher"], fullgraph=True, backend=counter)
-    for _ in range(2):
-        fast, slow = tensors()
-        compiled(fast, slow)
-        assert (slow[0] == 4).all()
-    assert counter.frame_count == 1
-    torch.compiler.reset()
-
-
 def test_what_is_written_is_never_copied() -> None:
     """A launcher that refuses a written tensor is not given another one; nothing is written and nobody is silent."""
     fast, slow = tensors()
@@ -152,17 +139,14 @@ def test_what_is_written_is_never_copied() -> None:
     assert all(not x.any() for x in slow)
 
 
-def test_lists_are_explained_with_all_inputs_at_hand() -> None:
+def test_lists_are_explained_with_all_inputs_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Order, kernels and limits are an op's own."""
-    op: Any = types.FunctionType(pull_.__code__, globals(), "pull_", pull_.__defaults__)
-    op.__kwdefaults__, op.__signature__ = pull_.__kwdefaults__, inspect.signature(pull_)
-    op.backends = BACKENDS
+    op: Any = pull_
+    monkeypatch.setattr(op, "backends", BACKENDS, raising=False)
     fast, slow = tensors()
     told = pyseq.explain(op, fast, slow, 0.5)
     assert told.chosen == "numba"
-    assert [told[name] for name in ("cpp", "triton")] == [
-        [f"there is no {k} kernel for this op"] for k in ("cpp", "triton")
-    ]
+    assert told["cpp"] == ["there is no cpp kernel for this op"]
     assert pyseq.explain(op, [fast[0]] * 4, [slow[0]] * 4)["numba"] == ["too many"]
     assert pyseq.explain(op, slow=[slow[0]] * 4, fast=[fast[0]] * 4).chosen == "reference"
     assert pyseq.explain(op, [x.to("meta") for x in fast]).chosen == "reference"
@@ -229,8 +213,7 @@ def results() -> list[Any]:
     compiled = torch.compile(ops.crf_nll, fullgraph=True, backend="aot_eager")
     found += [compiled(emissions, transitions, tags, reduction="mean").detach(), *ops.viterbi(emissions, transitions)]
     with contextlib.suppress(RuntimeError):
-        mapped = torch.vmap(ops.viterbi, (0, None))(emissions[None], transitions)
-        assert torch.equal(mapped[1][0], found[-1])
+        assert torch.equal(torch.vmap(ops.viterbi, (0, None))(emissions[None], transitions)[1][0], found[-1])
     values = ops.crf_nll(emissions, transitions, tags)
     rows = [torch.autograd.grad(values, emissions, row, retain_graph=True)[0] for row in torch.eye(3)]
     with contextlib.suppress(RuntimeError):
