@@ -1,6 +1,8 @@
 # Each target sets up what it needs: a .venv pinned by constraints.txt, and pyseq in it with its C++ extension.
 # ROOM=<room> narrows test, test-slow, bench, aot and gpu to one room: tests whose file, name or ROOM says so. ARGS go along.
+# Tests run on JOBS processes.
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/*/*) setup.py pyproject.toml constraints.txt
@@ -14,11 +16,11 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/people_daily_tagger.py $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(if $(ROOM),-k "$(ROOM)") $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(if $(ROOM),-k "$(ROOM)") $(ARGS)
 
 # all that need no GPU, also those that compare with other packages or read data sets
 test-slow: $(VENV)/.dev $(VENV)/.peers $(VENV)/.study
-	$(BIN)/python -m pytest -m 'not gpu' $(if $(ROOM),-k "$(ROOM)") $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not gpu' $(if $(ROOM),-k "$(ROOM)") $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
