@@ -19,7 +19,7 @@ py::object seen(py::handle object) {
   if (py::isinstance<py::list>(object)) {
     pyseq::Reader read;
     py::list counts;
-    for (const pyseq::Tensor& x : read.list(object)) counts.append(py::make_tuple(types[x.type], x.size[0]));
+    for (const pyseq::Tensor& x : read.list(object)) counts.append(py::make_tuple(types[x.type], x.count()));
     return read.fits ? py::object(counts) : py::none();
   }
   pyseq::Tensor x;

@@ -39,14 +39,14 @@ class Reader {
     return fits ? static_cast<T*>(x.data) : nullptr;
   }
 
-  // A list or tuple of contiguous tensors of any rank and type: address, type and, as size[0], number of elements of each.
+  // A list or tuple of contiguous tensors of any shape and type.
   std::vector<Tensor> list(pybind11::handle object) {
     std::vector<Tensor> found;
     fits = fits && (pybind11::isinstance<pybind11::list>(object) || pybind11::isinstance<pybind11::tuple>(object));
     if (!fits) return found;
     for (const pybind11::handle each : object) {
       found.emplace_back();
-      if (!(fits = flat(each.ptr(), found.back()))) return {};
+      if (!(fits = view(each.ptr(), found.back()) && found.back().is_contiguous())) return {};
     }
     return found;
   }

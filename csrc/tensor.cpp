@@ -108,6 +108,10 @@ bool Tensor::has_shape(std::initializer_list<int64_t> shape) const {
   return rank == int(shape.size()) && std::equal(shape.begin(), shape.end(), size);
 }
 
+bool Tensor::has_shape_of(const Tensor& other) const {
+  return rank == other.rank && std::equal(size, size + rank, other.size);
+}
+
 bool Tensor::is_contiguous() const {
   int64_t expected = 1;
   bool dense = true;
@@ -122,12 +126,6 @@ int64_t Tensor::count() const { return std::accumulate(size, size + rank, int64_
 bool view(PyObject* object, Tensor& out) {
   const bool dense = has_exchange() ? view_by_exchange(object, out) : view_by_attributes(object, out);
   return dense && (out.data || out.is_empty());  // fakes, wrappers and torch's symbolic zeros have no memory
-}
-
-bool flat(PyObject* object, Tensor& out) {
-  if (!view(object, out) || !out.is_contiguous()) return false;
-  out.size[0] = out.count(), out.stride[0] = 1, out.rank = 1;
-  return true;
 }
 
 bool is_plain(PyObject* object) {

@@ -26,6 +26,7 @@ struct Tensor {
   int rank;
   int64_t size[kMaxRank], stride[kMaxRank];
   bool has_shape(std::initializer_list<int64_t> shape) const;
+  bool has_shape_of(const Tensor& other) const;
   bool is_contiguous() const;
   bool is_empty() const;
   int64_t count() const;  // of elements
@@ -34,9 +35,6 @@ struct Tensor {
 // Fills `out` for a dense tensor of at most kMaxRank dimensions with memory of its own, the CPU's; false for anything
 // else, without a Python exception. The view holds as long as the object does.
 bool view(PyObject* object, Tensor& out);
-
-// The same for a contiguous tensor, as one of a single dimension.
-bool flat(PyObject* object, Tensor& out);
 
 // Whether the object's type is torch.Tensor or torch.nn.Parameter itself and no subclass.
 bool is_plain(PyObject* object);

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from pyseq import data as data
     from pyseq import models as models
     from pyseq import nn as nn
+    from pyseq import optim as optim
 else:
 
     def __getattr__(name: str) -> Any:
         """`pyseq.nn` and its like, imported when they are first named."""
-        if name in ("data", "models", "nn"):
+        if name in ("data", "models", "nn", "optim"):
             return importlib.import_module(f"pyseq.{name}")
         raise AttributeError(f"module 'pyseq' has no attribute {name!r}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pyseq
-from pyseq import ops
+from pyseq import ops, optim
 from pyseq.ops import _check
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -21,21 +21,27 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 def documented() -> Iterator[tuple[str, Any]]:
     """Public functions, classes, and what a module's own methods compute."""
     yield "Signature", _check.Signature
-    for folder in ("ops", "nn"):
+    for folder in ("ops", "nn", "optim"):
         module = importlib.import_module(f"pyseq.{folder}")
         for name in module.__all__:
             thing = getattr(module, name)
             if isinstance(thing, type) and issubclass(thing, torch.nn.Module):
                 own = {k: f for k, f in vars(thing).items() if inspect.isfunction(f) and not k.startswith("_")}
                 yield from ((f"{name}.{k}", f) for k, f in own.items() if k not in ("extra_repr", "reset_parameters"))
-            elif inspect.isfunction(thing) and name != "explain":  # which the README shows
+            elif folder == "optim" or (inspect.isfunction(thing) and name != "explain"):  # which the README shows
                 yield name, thing
 
 
 @pytest.mark.parametrize(("name", "thing"), [*documented()], ids=lambda x: x if isinstance(x, str) else "")
 def test_docstring(name: str, thing: Any) -> None:
     """Each has an example."""
-    globs = {"torch": torch, "pyseq": pyseq, "ops": ops, **vars(importlib.import_module(thing.__module__))}
+    globs = {
+        "torch": torch,
+        "pyseq": pyseq,
+        "ops": ops,
+        "optim": optim,
+        **vars(importlib.import_module(thing.__module__)),
+    }
     (test,) = doctest.DocTestFinder(recurse=False).find(thing, name, globs=globs)
     assert test.examples
     said: list[str] = []

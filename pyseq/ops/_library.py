@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from pyseq.kernels import UNFIT
-from pyseq.ops._backend import Backends, launcher, tensors_in
+from pyseq.ops._backend import Backends, launcher
 from pyseq.ops._torch import applier, plain
 
 _LIBRARY = torch.library.Library("pyseq", "FRAGMENT")
@@ -108,7 +108,8 @@ class Raw:
     def _run(self, inputs: Any, options: Any) -> Any:
         out = self.kernel(inputs, options)
         if self.mutates:
-            increment_version(tensors_in(getattr(inputs, name) for name in self.mutates))
+            for name in self.mutates:
+                increment_version(getattr(inputs, name))
         return out
 
     def _dispatched(self, *args: Any) -> Any:
