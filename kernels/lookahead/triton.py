@@ -14,10 +14,21 @@ from pyseq.kernels.lookahead import Pairs
 
 __all__ = ["update"]
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
-BLOCK = 256 if INTERPRET else 4096  # elements a program
+BLOCK = 256 if INTERPRET else 2048  # elements a program
 KEPT = 64  # tables: those of an optimizer's parameters come again at every synchronisation
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _tables: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
+
+
+@triton.jit
+def _moved(x, y, ALPHA: tl.constexpr, SLOW: tl.constexpr):
+    wide: tl.constexpr = tl.float64 if SLOW == tl.float64 else tl.float32
+    x, y = x.to(wide), y.to(wide)
+    if ALPHA < 0.5:
+        y += tl.full((), ALPHA, wide) * (x - y)
+    else:
+        y = x - (x - y) * tl.full((), 1 - ALPHA, wide)
+    return y.to(SLOW)
 
 
 @triton.jit
@@ -26,20 +37,20 @@ def lookahead_kernel(
 ):
     """p_pairs: addresses of fast and slow and their elements, for each pair; p_blocks: pair and first element."""
     block = p_blocks + 2 * tl.program_id(0)
-    pair, first = p_pairs + 3 * tl.load(block), tl.load(block + 1)
-    p_fast = tl.multiple_of(tl.load(pair), ALIGN).to(tl.pointer_type(FAST))
-    p_slow = tl.multiple_of(tl.load(pair + 1), ALIGN).to(tl.pointer_type(SLOW))
-    o = tl.multiple_of(first, N) + tl.arange(0, N)
-    mask = o < tl.load(pair + 2)
-    wide: tl.constexpr = tl.float64 if tl.float64 == SLOW else tl.float32
-    x, y = tl.load(p_fast + o, mask).to(wide), tl.load(p_slow + o, mask).to(wide)
-    if ALPHA < 0.5:
-        y += tl.full((), ALPHA, wide) * (x - y)
+    pair, first = p_pairs + 3 * tl.load(block), tl.multiple_of(tl.load(block + 1), N)
+    p_fast = tl.multiple_of(tl.load(pair).to(tl.pointer_type(FAST)), ALIGN) + first
+    p_slow = tl.multiple_of(tl.load(pair + 1).to(tl.pointer_type(SLOW)), ALIGN) + first
+    left = tl.load(pair + 2) - first
+    o = tl.arange(0, N)
+    if left >= N:  # without a mask, whose edge may lie anywhere, elements move in vectors
+        y = _moved(tl.load(p_fast + o), tl.load(p_slow + o), ALPHA, SLOW)
+        tl.store(p_slow + o, y)
+        tl.store(p_fast + o, y.to(FAST))
     else:
-        y = x - (x - y) * tl.full((), 1 - ALPHA, wide)
-    y = y.to(SLOW)
-    tl.store(p_slow + o, y, mask)
-    tl.store(p_fast + o, y.to(FAST), mask)
+        mask = o < left
+        y = _moved(tl.load(p_fast + o, mask), tl.load(p_slow + o, mask), ALPHA, SLOW)
+        tl.store(p_slow + o, y, mask)
+        tl.store(p_fast + o, y.to(FAST), mask)
 
 
 def _table(device: torch.device, numbers: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
