@@ -22,7 +22,7 @@ _tables: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
 
 @triton.jit
 def _moved(x, y, ALPHA: tl.constexpr, SLOW: tl.constexpr):
-    wide: tl.constexpr = tl.float64 if SLOW == tl.float64 else tl.float32
+    wide: tl.constexpr = tl.float64 if tl.float64 == SLOW else tl.float32
     x, y = x.to(wide), y.to(wide)
     if ALPHA < 0.5:
         y += tl.full((), ALPHA, wide) * (x - y)

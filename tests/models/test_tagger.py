@@ -1,5 +1,6 @@
 import importlib
 import itertools
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -158,15 +159,16 @@ def test_demo_forbids_what_no_piece_has_and_shows_entities(demo: ModuleType) -> 
 
 def test_study_skips_finished_runs_and_pairs_seeds(demo: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the study draws: pip install matplotlib")
-    heads, path = importlib.import_module("people_daily_heads"), tmp_path / "runs.csv"
+    heads, path, settings = importlib.import_module("people_daily_heads"), tmp_path / "runs.csv", asdict(demo.FULL)
+    append = importlib.import_module("_study").append
     runs = [("crf", 1, 8), ("softmax", 0, 4), (demo.LEGAL, 0, 5), ("crf", 0, 6), ("softmax", 1, 7), (demo.LEGAL, 1, 9)]
     for head, seed, right in runs:
         score = demo.SpanScore(correct=right, predicted=10, gold=10)
         result = demo.Result(head, {}, score, dict.fromkeys(("all", *demo.ENTITY_TYPES), score), 2000.0, 3000.0, 1)
-        heads.append(path, heads.row(result, seed, demo.FULL, 1))
-    rows = heads.read(path, demo.FULL)
+        append(path, [heads.row(result, seed, demo.FULL, 1)])
+    rows = heads.read(path, settings)
     assert {(line["head"], int(line["seed"])) for line in rows} == {(head, seed) for head, seed, _ in runs}
-    assert heads.read(path, demo.QUICK) == []
+    assert heads.read(path, asdict(demo.QUICK)) == []
     line = next(line for line in heads.table(rows) if line[0] == "entities, F1")
     assert line[1:4] == ["0.5500 ± 0.2121", "0.7000 ± 0.2828", "0.7000 ± 0.1414"]
     assert line[4:] == ["0.1500 ± 0.0707 (2 of 2)", "0.0000 ± 0.1414 (1 of 2)"]
