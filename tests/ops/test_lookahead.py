@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyseq import ops
 from pyseq.kernels import OK
 from pyseq.kernels.lookahead import Pairs
-from pyseq.testing import guarded, launches
+from pyseq.testing import cpu_level, guarded, launches
 from pyseq.testing.lookahead import DTYPES, HALF, check, pairs
 
 ALPHAS = (0.0, 0.3, 0.5, 0.8, 1.0)
@@ -130,22 +130,35 @@ def test_one_launch_and_no_check_where_cpp_serves(monkeypatch: pytest.MonkeyPatc
     assert statuses == [OK]
 
 
-def test_threads_change_no_bit() -> None:
-    given, before, found = (
-        pairs(torch.float32, torch.float32, ((70_001,), (3,), (150_000,), ())),
-        torch.get_num_threads(),
-        [],
-    )
+@of_dtypes
+def test_threads_and_instructions_change_no_bit(dtypes: Dtypes) -> None:
+    given = pairs(*dtypes, ((70_001,), (3,), (150_000,), ()))
+    before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads, level in ((1, 0), (2, 0), (3, 2)):
             torch.set_num_threads(threads)
             fast, slow = clones(given)
-            ops.lookahead_update_(fast, slow, 0.3, backend="cpp")
+            with cpu_level(level):
+                ops.lookahead_update_(fast, slow, 0.3, backend="cpp")
             found.append([*fast, *slow])
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, found[0], found[1]))
     assert all(map(torch.equal, found[0], found[2]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_no_host_synchronisation_on_a_gpu() -> None:
+    """Nor where the table of addresses is made."""
+    fast, slow = clones(pairs(torch.bfloat16, torch.float32, ((1000, 1001), (7,))), "cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            ops.lookahead_update_(fast, slow, 0.5, backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_written_parameters_are_known_to_autograd(target: Any) -> None:
