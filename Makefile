@@ -1,8 +1,9 @@
 # Each target sets up what it needs: a .venv pinned by constraints.txt, and pyseq in it with its C++ extension.
 # ROOM=<room> narrows test, test-slow, bench, aot and gpu to one room: tests whose file, name or ROOM says so. ARGS go along.
-# Tests run on JOBS processes.
+# Tests run on JOBS processes. STUDY=lookahead: the study examples/*lookahead.py.
 PYTHON ?= python3
 JOBS ?= 2
+STUDY ?= people_daily_heads
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/*/*) setup.py pyproject.toml constraints.txt
@@ -29,7 +30,7 @@ lint: $(VENV)/.dev
 	$(BIN)/python tests/text_law.py
 
 study: $(VENV)/.study
-	$(BIN)/python examples/people_daily_heads.py $(ARGS)
+	$(BIN)/python $(or $(wildcard examples/*$(STUDY).py),$(error no examples/*$(STUDY).py)) $(ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench $(ROOM) $(ARGS)
