@@ -1,3 +1,4 @@
+import contextlib
 import getpass
 import importlib
 import os
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel module is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel module is imported, and Triton's own
+    with contextlib.suppress(ImportError):
+        importlib.import_module("triton.language")
 os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"pyseq-numba-{getpass.getuser()}"))
 
 import pyseq.ops  # noqa: F401  (defines the rooms)

@@ -1,0 +1,6 @@
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx512cd,avx2,fma,bmi,bmi2")
+#define PYSEQ_LEVEL 4
+#include "kernel.hpp"
+PYSEQ_CODEBOOK_LEVEL(v4)
+#endif
