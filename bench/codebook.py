@@ -87,6 +87,6 @@ ROOM = Room(
     unit="vectors",
     baseline="faiss",
     headlines={"`ops.nearest_code`": ("search", "vqvae")},
-    objection="faiss keeps its index between calls, where pyseq packs the codes at every call, as training needs; and both "
+    objection="faiss keeps its index between calls, where pyseq packs the codes at every call, as training needs; both "
     "rivals lean on a matrix product that is slower on AMD than on Intel.",
 )

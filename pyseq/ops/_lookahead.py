@@ -62,15 +62,21 @@ def _kind(x: object) -> str:
 
 def _kernel(pairs: Pairs, options: Options) -> None:
     if options.backend != "reference":
-        try:
-            _update.launch("update", pairs, options.backend, options.alpha)
+        if _served(pairs, options):
             return
-        except Unfit:
-            check(pairs)
-            flat, pairs = _flattened(pairs)
-            if flat.fast:
-                _update.launch("update", flat, options.backend, options.alpha)
+        check(pairs)
+        flat, pairs = _flattened(pairs)
+        if flat.fast:
+            _update.launch("update", flat, options.backend, options.alpha)
     reference.lookahead_update_(pairs.fast, pairs.slow, options.alpha)
+
+
+def _served(pairs: Pairs, options: Options) -> bool:
+    try:
+        _update.launch("update", pairs, options.backend, options.alpha)
+    except Unfit:
+        return False
+    return True
 
 
 def _flattened(pairs: Pairs) -> tuple[Pairs, Pairs]:

@@ -17,8 +17,8 @@ def lookahead_update_(
     """Move each slow tensor to slow + alpha (fast - slow), then set its fast tensor to it, both in place.
 
     fast: tensors of any shapes and strides, float32, float64, bfloat16 or float16, on one device. slow: as many, equal
-    in shape, of the dtype of fast, or float32 beside half precision; no two tensors may share memory.
-    alpha: a number in [0, 1]; 0 sets fast to slow and 1 slow to fast, bit for bit.
+    in shape, of the dtype of fast, or float32 beside half precision; no two may share memory, which is not checked.
+    alpha: a number in [0, 1]; 0 sets fast to slow and 1 slow to fast, bit for bit where fast - slow is finite.
     Computed in the dtype of slow, in float32 where that is half precision, and rounded once to each. Outside of
     autograd, also for tensors that require grad; graphs that saved them raise in backward.
     Raises ValueError for lists of other lengths, shapes or devices, an alpha out of range and a backend that cannot
@@ -31,6 +31,10 @@ def lookahead_update_(
     >>> fast, slow
     ([tensor([4., 2.])], [tensor([4., 2.])])
     """
-    if not 0 <= alpha <= 1:
+    try:
+        weight = float(alpha)
+    except (TypeError, ValueError):
+        raise TypeError(f"alpha must be a number, got {alpha!r}") from None
+    if not 0 <= weight <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-    _lookahead.update(Pairs(list(fast), list(slow)), float(alpha), backend)
+    _lookahead.update(Pairs(list(fast), list(slow)), weight, backend)

@@ -1,11 +1,11 @@
 """Lookahead: slow weights that follow any optimizer's fast ones at a distance."""
 
 import contextlib
-import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from itertools import compress
+from operator import index
 from typing import Any, Literal
 
 import torch
@@ -16,9 +16,10 @@ from pyseq.kernels.lookahead import Pairs
 from pyseq.ops import _lookahead
 
 Momentum = Literal["keep", "reset", "pullback"]
-OURS = "lookahead_"  # begins the names of what we keep in a parameter's state and in groups
+SLOW, STEP, K, ALPHA = (f"lookahead_{name}" for name in ("slow", "step", "k", "alpha"))
+OF = f"{SLOW}_"  # begins the names of slow momenta
 PLAIN = {Tensor, torch.nn.Parameter}
-SLOW, STEP, K, ALPHA = (OURS + name for name in ("slow", "step", "k", "alpha"))
+VIEW = "this is a view; change opt.optimizer.state, or load a state dict"
 
 
 class Lookahead(Optimizer):
@@ -57,16 +58,24 @@ class Lookahead(Optimizer):
 
     def __init__(self, optimizer: Optimizer, k: int = 5, alpha: float = 0.5, momentum: Momentum = "keep") -> None:
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, Lookahead):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer to be wrapped once, got {_name(optimizer)}")
+            wanted = "an optimizer such as torch.optim.Adam(model.parameters()), no Lookahead"
+            raise TypeError(f"optimizer must be {wanted}, got {_name(optimizer)}")
         if momentum not in ("keep", "reset", "pullback"):
             raise ValueError(f"momentum must be 'keep', 'reset' or 'pullback', got {momentum!r}")
         super().__init__([{"params": []}], {})  # hooks; the groups are the inner optimizer's
         for group in optimizer.param_groups:
-            _settle(group, k, alpha, 0)
+            if STEP in group:  # was wrapped before
+                group.pop(K, None)
+                group.pop(ALPHA, None)
+            _settle(group, k, alpha)
+            group[STEP] = 0
         self.momentum, self.defaults = momentum, optimizer.defaults
         self._k, self._alpha = k, alpha
         self._kept: dict[Tensor, dict[str, Tensor]] = {}  # slow weights and, for pullback, slow momenta
-        self._shown = False  # the inner state was made to be looked at
+        self._shown: list[Tensor] = []  # whose inner state was made to be looked at
+        self._shown_step = False  # and that of groups
+        self._stepping = False
+        self._loading: dict[str, Any] = {}
         self._fresh = _fresh_state(optimizer) if momentum == "reset" and optimizer.state else {}
         self.optimizer = optimizer
 
@@ -83,16 +92,16 @@ class Lookahead(Optimizer):
     @property
     def state(self) -> Any:
         """The inner optimizer's state of each parameter, and ours; before the first step as they begin."""
-        if not self._kept:
+        if not self._stepping and (not self._kept or self.momentum == "reset"):
             self._make_state()
-            self._take()
+            self._take(self.param_groups)
             self._take_momenta(self.param_groups)
         return _Merged(self.optimizer.state, self._kept)
 
     @state.setter
     def state(self, state: Any) -> None:
         if "optimizer" in self.__dict__:
-            self.__setstate__({"state": state, "param_groups": self.param_groups})
+            raise TypeError(VIEW)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """To the inner optimizer; its slow weights are its weights of now."""
@@ -101,10 +110,11 @@ class Lookahead(Optimizer):
             clock = groups[0][STEP]
             self.optimizer.add_param_group(param_group)
             try:
-                _settle(groups[-1], self._k, self._alpha, clock)
+                _settle(groups[-1], self._k, self._alpha)
             except (TypeError, ValueError):
                 groups.pop()
                 raise
+            groups[-1][STEP] = clock
             for p in groups[-1]["params"]:
                 self._kept.pop(p, None)
             self._take(groups[-1:])
@@ -117,24 +127,33 @@ class Lookahead(Optimizer):
         """Start a cycle here: the slow weights will be the weights before the next step."""
         for group in self.param_groups:
             group[STEP] = 0
-        self._kept, self._shown = {}, False
+        self._kept, self._shown, self._shown_step = {}, [], False
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # the inner optimizer's is compiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of the inner optimizer, and of the slow weights after every k-th one. Returns the closure's loss."""
         inner, groups = self.optimizer, self.param_groups
         clock = groups[0].get(STEP, 0)
-        if clock == 0:
-            if self._shown:  # the first step makes its own
-                inner.state.clear()
-            self._kept, self._shown = {}, False
-            self._take()
-        loss = inner.step() if closure is None else inner.step(closure)
-        if clock == 0:
-            self._take_momenta(groups)
-        for group in groups:
-            group[STEP] = clock + 1
-        self._synchronise([group for group in groups if (clock + 1) % group.setdefault(K, self._k) == 0])
+        self._stepping = True  # nobody who looks at the state now is to be shown more than there is
+        try:
+            self._hide()
+            if clock == 0:
+                self._kept = {}
+                self._take(groups)
+            for group in groups:
+                _settle(group, self._k, self._alpha)
+            due = [group for group in groups if (clock + 1) % group[K] == 0]
+            for group in due:
+                self._follow(group)
+            loss = inner.step() if closure is None else inner.step(closure)
+            if clock == 0:
+                self._take_momenta(groups)
+            for group in groups:
+                group[STEP] = clock + 1
+            for group in due:
+                self._synchronise(group)
+        finally:
+            self._stepping = False
         return loss
 
     @contextlib.contextmanager
@@ -158,39 +177,45 @@ class Lookahead(Optimizer):
                 for (p, _), x in zip(pairs, fast, strict=True):
                     p.copy_(x)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's own, with our entries beside its."""
+        guard = self.register_state_dict_post_hook(_with_inner, prepend=True)  # before the user's
+        try:
+            return super().state_dict()
+        finally:
+            guard.remove()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of a Lookahead around the same kind of optimizer; ValueError for another one, and nothing is loaded then."""
-        guard = self.register_load_state_dict_pre_hook(_checked)  # after the user's
+        """Of a Lookahead around the same kind of optimizer; ValueError for another one, and nothing is loaded then.
+
+        Groups come with their k and alpha; the momentum mode is this object's.
+        """
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= {*state_dict}:
+            raise TypeError("state_dict must be a dict with state and param_groups, as state_dict() gives it")
+        guard = self.register_load_state_dict_pre_hook(_split)  # after the user's
         try:
             super().load_state_dict(state_dict)
         finally:
             guard.remove()
+            self._loading = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "momentum", "defaults", "_k", "_alpha", "_kept", "_shown", "_fresh")
-        return {name: self.__dict__[name] for name in names}
+        shared = ("optimizer", "momentum", "defaults")
+        return {name: x for name, x in self.__dict__.items() if name in shared or name in _OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "optimizer" in state:  # a copy, or out of a pickle
             super().__setstate__(state)
             return
-        inner: dict[Any, Any] = defaultdict(dict)
-        self._kept, self._shown = {}, False
-        for p, entries in state["state"].items():
-            for name, x in entries.items():
-                if not name.startswith(OURS):
-                    inner[p][name] = x
-                else:
-                    x = x.tensor.to(p.device, copy=True) if isinstance(x, _AsItIs) else x
-                    self._kept.setdefault(p, {})[name] = x
-        self.optimizer.__setstate__({"state": inner, "param_groups": state["param_groups"]})
+        kept = {p: {name: x.tensor.to(p.device, copy=True) for name, x in e.items()} for p, e in state["state"].items()}
+        self.optimizer.load_state_dict(self._loading)
+        self._kept, self._shown, self._shown_step = kept, [], False
 
-    def _take(self, groups: list[dict[str, Any]] | None = None) -> None:
+    def _take(self, groups: list[dict[str, Any]]) -> None:
         """Slow weights where there are none."""
-        for group in self.param_groups if groups is None else groups:
-            for p in group["params"]:
-                if p not in self._kept:
-                    self._kept[p] = {SLOW: p.detach().to(_wide(p), copy=True)}
+        for p in (p for group in groups for p in group["params"]):
+            if p not in self._kept:
+                self._kept[p] = {SLOW: p.detach().to(_wide(p), copy=True)}
 
     def _take_momenta(self, groups: list[dict[str, Any]]) -> list[tuple[Tensor, Tensor]]:
         """The inner optimizer's momenta, each beside what it is pulled back to; none unless asked for."""
@@ -198,50 +223,53 @@ class Lookahead(Optimizer):
         for p in (p for group in groups for p in group["params"] if self.momentum == "pullback"):
             for name, x in self.optimizer.state.get(p, {}).items():
                 if isinstance(x, Tensor) and x.shape == p.shape and x.is_floating_point() and name != "step":
-                    last = self._kept[p].get(OURS + name)
+                    last = self._kept[p].get(OF + name)
                     if last is None:
-                        last = self._kept[p][OURS + name] = torch.zeros_like(x, dtype=_wide(x))
+                        last = self._kept[p][OF + name] = torch.zeros_like(x, dtype=_wide(x))
                     pairs.append((x, last))
         return pairs
 
-    def _synchronise(self, groups: list[dict[str, Any]]) -> None:
-        for group in groups:
-            params: list[Tensor] = group["params"]
-            kept = [self._kept.get(p) for p in params]
-            if None in kept or [p.device for p in params] != [k[SLOW].device for k in kept]:  # type: ignore[index]
-                self._follow(group)
-                kept = [self._kept[p] for p in params]
-            momenta = self._take_momenta([group])
-            fast = params + [x for x, _ in momenta]
-            slow = [k[SLOW] for k in kept] + [last for _, last in momenta]  # type: ignore[index]
-            if not PLAIN.issuperset(map(type, fast)):
-                fast, slow = ([_local(x) for x in each] for each in (fast, slow))
-            devices = [x.device for x in fast]
-            for device in {*devices}:
-                on = [device == x for x in devices]
-                pairs = Pairs([*compress(fast, on)], [*compress(slow, on)])
-                _lookahead.update(pairs, group.setdefault(ALPHA, self._alpha))
-            if self.momentum == "reset":
-                self._reset(params)
-
     def _follow(self, group: dict[str, Any]) -> None:
-        """Slow weights of parameters that were put there past us, and to where the module was moved."""
-        self._take([group])
-        for p in group["params"]:
-            self._kept[p] = {name: x.to(p.device) for name, x in self._kept[p].items()}
+        """Slow weights of parameters that were put there past us, and as the module is now; TypeError where one cannot
+        have any."""
+        params = group["params"]
+        kept = [self._kept.get(p) for p in params]
+        if None in kept or any(_unlike(p, k[SLOW]) for p, k in zip(params, kept, strict=True)):  # type: ignore[index]
+            _floating(params)
+            self._take([group])
+            for p in params:
+                self._kept[p] = {name: x.to(p.device, _wide(p)) for name, x in self._kept[p].items()}
 
-    def _reset(self, params: list[Tensor]) -> None:
-        for p in params:
-            self.optimizer.state.pop(p, None)
+    def _synchronise(self, group: dict[str, Any]) -> None:
+        params: list[Tensor] = group["params"]
+        momenta = self._take_momenta([group])
+        fast = params + [x for x, _ in momenta]
+        slow = [self._kept[p][SLOW] for p in params] + [last for _, last in momenta]
+        if not PLAIN.issuperset(map(type, fast)):
+            fast, slow = ([_local(x) for x in each] for each in (fast, slow))
+        devices = [x.device for x in fast]
+        for device in {*devices}:
+            on = [device == x for x in devices]
+            _lookahead.update(Pairs([*compress(fast, on)], [*compress(slow, on)]), group[ALPHA])
+        if self.momentum == "reset":
+            self._reset(group)
+
+    def _reset(self, group: dict[str, Any]) -> None:
+        """Also the count of steps that some optimizers keep in the group."""
+        inner = self.optimizer
+        if "step" in group:
+            group.pop("step")
+            group.update({"step": inner.defaults["step"]} if "step" in inner.defaults else {})
+        for p in group["params"]:
+            inner.state.pop(p, None)
             if p in self._fresh:
-                copies = {k: x.clone() if isinstance(x, Tensor) else x for k, x in self._fresh[p].items()}
-                self.optimizer.state[p] = copies
+                inner.state[p] = {k: x.clone() if isinstance(x, Tensor) else x for k, x in self._fresh[p].items()}
 
     def _make_state(self) -> None:
-        """The inner optimizer's state as its first step will begin, where it makes it only then: by a step of a copy,
-        on copies of the parameters, with gradients of zero."""
+        """The inner optimizer's state as its next step will begin, where it makes it only then: by a step of a copy, on
+        copies of the parameters, with gradients of zero."""
         inner = self.optimizer
-        if inner.state:
+        if any(p in inner.state for group in inner.param_groups for p in group["params"]):
             return
         originals: dict[Tensor, Tensor] = {}
         groups = []
@@ -254,20 +282,31 @@ class Lookahead(Optimizer):
                 p.grad = torch.zeros_like(p)
                 if isinstance(inner, torch.optim.SparseAdam):
                     p.grad = p.grad.to_sparse()
-        twin = copy.copy(inner)
-        twin.__setstate__({"state": defaultdict(dict), "param_groups": groups})
+        twin = object.__new__(type(inner))  # without hooks, and without what a scheduler puts for `step`
+        twin.__dict__ |= {k: x for k, x in inner.__dict__.items() if k != "step" and not k.endswith("_hooks")}
         try:
+            twin.__setstate__({"state": defaultdict(dict), "param_groups": groups})
             twin.step()
         except Exception:  # it needs a closure, or more: it shows its state once it was stepped
             return
         for p, entries in twin.state.items():
-            for name, begin in (("step", 0), ("mu_product", 1)):
-                if isinstance(x := entries.get(name), Tensor):
-                    x.fill_(begin)
-                elif x is not None:
-                    entries[name] = begin
-            inner.state[originals[p]] = entries
-        self._shown = True
+            if p in originals:
+                inner.state[originals[p]] = {name: _at_first(name, x) for name, x in entries.items()}
+                self._shown.append(originals[p])
+        for group, stepped in zip(inner.param_groups, groups, strict=True):
+            if "step" in stepped and "step" not in group:
+                group["step"], self._shown_step = _at_first("step", stepped["step"]), True
+
+    def _hide(self) -> None:
+        """Take away what was only shown: a step makes its own."""
+        for p in self._shown:
+            self.optimizer.state.pop(p, None)
+        for group in self.param_groups if self._shown_step else ():
+            group.pop("step", None)
+        self._shown, self._shown_step = [], False
+
+
+_OWN = ("_k", "_alpha", "_kept", "_shown", "_shown_step", "_stepping", "_loading", "_fresh")
 
 
 class _Merged(Mapping[Tensor, dict[str, Any]]):
@@ -276,11 +315,16 @@ class _Merged(Mapping[Tensor, dict[str, Any]]):
     def __init__(self, *parts: Mapping[Tensor, Mapping[str, Any]]) -> None:
         self.parts = parts
 
-    def __getitem__(self, p: Tensor) -> dict[str, Any]:
+    def __getitem__(self, p: Tensor) -> Any:
         found = [part[p] for part in self.parts if p in part]
         if not found:
             raise KeyError(p)
-        return {name: x for each in found for name, x in each.items()}
+        return found[0] if len(found) == 1 else {name: x for each in found for name, x in each.items()}
+
+    def __setitem__(self, *_: object) -> None:
+        raise TypeError(VIEW)
+
+    __delitem__ = pop = clear = update = setdefault = __setitem__
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(dict.fromkeys(p for part in self.parts for p in part))
@@ -296,40 +340,82 @@ class _AsItIs:
         self.tensor = tensor
 
 
-def _checked(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The dict with our tensors protected, or ValueError."""
+def _ours(name: object) -> bool:
+    return isinstance(name, str) and (name == SLOW or name.startswith(OF))
+
+
+def _with_inner(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict's own entries beside those of the inner optimizer's state dict."""
+    assert isinstance(opt, Lookahead)
+    inner = opt.optimizer.state_dict()
+    state = dict(inner["state"])
+    for i, entries in state_dict["state"].items():
+        if isinstance(entries, Mapping) and SLOW in entries:
+            state[i] = {**state.get(i, {}), **{name: x for name, x in entries.items() if _ours(name)}}
+    return {**inner, "state": state}
+
+
+def _split(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The dict with our entries alone, protected; the rest is put aside for the inner optimizer. Or ValueError."""
     assert isinstance(opt, Lookahead)
     saved, groups = state_dict["param_groups"], opt.param_groups
     if any(STEP not in group for group in saved):
-        raise ValueError(
-            "this is no Lookahead's state; load a plain optimizer's into the inner one, before wrapping it"
-        )
+        raise ValueError("this is no Lookahead's state; load a plain optimizer's state before wrapping it")
     for ours, theirs in zip(groups, saved, strict=False):  # torch says what else is wrong with groups
+        _settle({K: theirs.get(K), ALPHA: theirs.get(ALPHA), "params": []}, opt._k, opt._alpha)
         if {*ours} - {*theirs} and {*theirs} - {*ours}:
             strange = ", ".join(sorted({*theirs} - {*ours}))
             raise ValueError(f"this is the state of another optimizer than {_name(opt.optimizer)}: it has {strange}")
-    index = {i: p for a, b in zip(saved, groups, strict=False) for i, p in zip(a["params"], b["params"], strict=False)}
-    state: dict[Any, dict[str, Any]] = {}
+    params = {i: p for a, b in zip(saved, groups, strict=False) for i, p in zip(a["params"], b["params"], strict=False)}
+    mine: dict[Any, dict[str, Any]] = {}
+    rest: dict[Any, Any] = {}
     for i, entries in state_dict["state"].items():
-        p, state[i] = index.get(i), dict(entries)
+        if i not in params or not isinstance(entries, Mapping):
+            rest[i] = entries
+            continue
         for name, x in entries.items():
-            if p is not None and name.startswith(OURS) and isinstance(x, Tensor):
-                if x.shape != p.shape:
-                    raise ValueError(f"{name} of parameter {i} has shape {tuple(x.shape)}, wanted {tuple(p.shape)}")
-                state[i][name] = _AsItIs(x)
-    return {**state_dict, "state": state}
+            if not _ours(name):
+                rest.setdefault(i, {})[name] = x
+            elif x.shape != params[i].shape:
+                raise ValueError(f"{name} of parameter {i} has shape {(*x.shape,)}, wanted {(*params[i].shape,)}")
+            else:
+                mine.setdefault(i, {})[name] = _AsItIs(x)
+    if saved[0][STEP] > 0 and (missing := [i for i in params if i not in mine]):
+        raise ValueError(f"{SLOW} is missing for parameter {missing[0]}")
+    opt._loading = {**state_dict, "state": rest}
+    return {**state_dict, "state": mine}
 
 
-def _settle(group: dict[str, Any], k: int, alpha: float, clock: int) -> None:
-    k, alpha = group.setdefault(K, k), group.setdefault(ALPHA, alpha)
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"k must be an integer of at least 1, got {k!r}")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be a number in [0, 1], got {alpha!r}")
-    for p in group["params"]:
+def _settle(group: dict[str, Any], k: int, alpha: float) -> None:
+    """Put in what the group does not say, as Python's own numbers; ValueError or TypeError for what cannot be."""
+    k, alpha = group.get(K, k), group.get(ALPHA, alpha)
+    if type(k) is int and type(alpha) is float and k >= 1 and 0 <= alpha <= 1 and STEP in group and K in group:
+        return
+    try:
+        group[K], group[ALPHA] = index(None if isinstance(k, bool) else k), float(alpha)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"k must be an integer and alpha a number, got {k!r} and {alpha!r}") from None
+    if group[K] < 1:
+        raise ValueError(f"k must be at least 1, got {k!r}")
+    if not 0 <= group[ALPHA] <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha!r}")
+    _floating(group["params"])
+
+
+def _floating(params: list[Tensor]) -> None:
+    for p in params:
         if not p.is_floating_point():
             raise TypeError(f"parameters must be real and floating, got one of {p.dtype}")
-    group[STEP] = clock
+
+
+def _unlike(p: Tensor, slow: Tensor) -> bool:
+    return p.device != slow.device or _wide(p) != slow.dtype
+
+
+def _at_first(name: str, x: Any) -> Any:
+    """A state that one step made, as it was before it."""
+    begin = {"step": 0, "mu_product": 1}.get(name)
+    return x if begin is None else x.detach().fill_(begin) if isinstance(x, Tensor) else begin
 
 
 def _fresh_state(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:

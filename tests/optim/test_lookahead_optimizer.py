@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -410,23 +411,146 @@ def test_two_processes() -> None:
 
 def test_wrong_arguments() -> None:
     p = nn.Parameter(torch.ones(2))
-    for k in (0, -1, 2.0, True):
-        with pytest.raises(ValueError, match="k must be an integer of at least 1"):
+    for k in (2.0, True, "3", None):
+        with pytest.raises(TypeError, match="k must be an integer and alpha a number, got"):
             Lookahead(SGD([p], lr=0.1), k=k)  # type: ignore[arg-type]
-    for alpha in (-0.1, 1.1, float("nan"), "a"):
-        with pytest.raises(ValueError, match=r"alpha must be a number in \[0, 1\]"):
-            Lookahead(SGD([p], lr=0.1), alpha=alpha)  # type: ignore[arg-type]
+    for k in (0, -1):
+        with pytest.raises(ValueError, match=f"k must be at least 1, got {k}"):
+            Lookahead(SGD([p], lr=0.1), k=k)
+    for alpha in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\]"):
+            Lookahead(SGD([p], lr=0.1), alpha=alpha)
+    numpys = Lookahead(SGD([p], lr=0.1), k=np.int64(3), alpha=np.float32(0.5)).param_groups[0]  # type: ignore[arg-type]
+    assert [type(numpys[f"lookahead_{name}"]) for name in ("k", "alpha")] == [int, float]
     with pytest.raises(ValueError, match="momentum must be 'keep', 'reset' or 'pullback', got 'pull'"):
         Lookahead(SGD([p], lr=0.1), momentum="pull")  # type: ignore[arg-type]
     for what in ([p], Lookahead(SGD([p], lr=0.1))):
-        with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer to be wrapped once, got"):
+        with pytest.raises(TypeError, match=r"optimizer must be an optimizer such as .*, no Lookahead, got"):
             Lookahead(what)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"parameters must be real and floating, got one of torch\.complex64"):
         Lookahead(SGD([nn.Parameter(torch.ones(2) + 0j)], lr=0.1))
     opt = Lookahead(SGD([p], lr=0.1))
-    with pytest.raises(ValueError, match="k must be an integer"):
+    with pytest.raises(ValueError, match="k must be at least 1"):
         opt.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lookahead_k": 0})
     assert len(opt.param_groups) == 1
+
+
+def test_an_optimizer_wrapped_again_takes_the_new_arguments() -> None:
+    given: Any = [{"params": [nn.Parameter(torch.ones(1))]}, {"params": [], "lookahead_k": 7}]
+    inner = SGD(given, lr=0.1)
+    for k in (5, 2):
+        groups = Lookahead(inner, k=k, alpha=0.1 * k).param_groups
+        assert [group["lookahead_k"] for group in groups] == [k, 7 if k == 5 else k]
+        assert groups[0]["lookahead_alpha"] == 0.1 * k
+
+
+def test_groups_that_went_wrong_refuse_before_anything_moves() -> None:
+    model = net()
+    opt = Lookahead(SGD(model.parameters(), lr=0.1), k=2)
+    step(model, opt, 0)
+    before, group = weights(model), opt.param_groups[0]
+    for name, bad in (("lookahead_k", 0), ("lookahead_k", 2.5), ("lookahead_alpha", "x"), ("lookahead_alpha", 5.0)):
+        kept, group[name] = group[name], bad
+        with pytest.raises((ValueError, TypeError), match=r"k must be|alpha must"):
+            step(model, opt, 1)
+        group[name] = kept
+    group["params"].append(nn.Parameter(torch.ones(1) + 0j))
+    with pytest.raises(TypeError, match="parameters must be real and floating"):
+        step(model, opt, 1)
+    assert all(map(torch.equal, weights(model), before))
+    assert group["lookahead_step"] == 1
+
+
+def test_a_module_that_changes_its_dtype_takes_its_slow_weights_along() -> None:
+    model = net()
+    opt = Lookahead(SGD(model.parameters(), lr=0.1), k=2)
+    step(model, opt, 0)
+    model.double()
+    step(model, opt, 1)
+    slow = opt.state[model[0].weight]["lookahead_slow"]
+    assert slow.dtype == torch.float64
+    assert torch.equal(slow, model[0].weight)
+
+
+class Odd(Optimizer):
+    """What third parties do: an attribute that steps read, a count in the group, state by name, dicts of its own."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+        self.factor, self.loaded = 0.5, 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.state["all"] = 1  # type: ignore[index]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                state = self.state[p]
+                state.setdefault("lookahead_momentum", torch.zeros_like(p))
+                if p.grad is not None:
+                    state["lookahead_momentum"].mul_(self.factor).add_(p.grad)
+                    p.data.sub_(state["lookahead_momentum"], alpha=group["lr"] / group["step"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "mine": self.factor}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.factor, self.loaded = state_dict.get("mine", self.factor), self.loaded + 1
+
+
+@pytest.mark.parametrize("momentum", ["keep", "reset", "pullback"])
+@pytest.mark.parametrize("before", [2, 3])  # 3: at a synchronisation
+@pytest.mark.parametrize("inner", ["Odd", "AdamW", "momentum"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # dcp's, about one process
+def test_third_parties_and_resets_resume_too(inner: str, before: int, momentum: Any, tmp_path: Path) -> None:
+    make: Any = Odd if inner == "Odd" else INNER[inner]
+    model = net()
+    opt = Lookahead(make(model.parameters()), k=3, momentum=momentum)
+    for i in range(before):
+        step(model, opt, i)
+    plain, distributed = copy.deepcopy(model), copy.deepcopy(model)
+    again, other = (Lookahead(make(m.parameters()), momentum=momentum) for m in (plain, distributed))
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    if inner == "Odd":
+        assert opt.state_dict()["mine"] == 0.5
+        assert again.optimizer.loaded == 1  # type: ignore[attr-defined]
+    else:
+        save({"opt": get_optimizer_state_dict(model, opt)}, checkpoint_id=tmp_path)
+        state = {"opt": get_optimizer_state_dict(distributed, other)}
+        load(state, checkpoint_id=tmp_path)
+        set_optimizer_state_dict(distributed, other, state["opt"])
+    for i in range(before, 9):
+        step(model, opt, i), step(plain, again, i)
+        assert same(model, plain)
+        if inner != "Odd":  # dcp knows no state but of parameters
+            step(distributed, other, i)
+            assert same(model, distributed)
+    assert {"lookahead_momentum", "lookahead_slow"} <= {*opt.state_dict()["state"][0]} or inner != "Odd"
+
+
+def test_reset_also_resets_a_count_in_the_group() -> None:
+    model, twin = net(), net()
+    opt = Lookahead(Odd(model.parameters()), k=3, momentum="reset")
+    for i in range(3):
+        step(model, opt, i)
+    twin.load_state_dict(model.state_dict())
+    bare = Odd(twin.parameters())
+    for i in range(2):
+        step(model, opt, i), step(twin, bare, i)
+        assert same(model, twin)
+
+
+def test_state_is_a_view() -> None:
+    model = net()
+    opt, p = Lookahead(AdamW(model.parameters())), model[0].weight
+    for change in (
+        lambda: opt.state.__setitem__(p, {}),
+        lambda: opt.state.__delitem__(p),
+        lambda: opt.state.clear(),
+        lambda: setattr(opt, "state", {}),
+    ):
+        with pytest.raises(TypeError, match=r"this is a view; change opt\.optimizer\.state"):
+            change()
 
 
 def test_wrong_states_and_refused_steps_change_nothing() -> None:
@@ -446,6 +570,11 @@ def test_wrong_states_and_refused_steps_change_nothing() -> None:
     narrow(torch.ones(1, 2)).sum().backward()
     other.step()
     others[r"lookahead_slow of parameter 0 has shape \(4, 2\), wanted \(4, 5\)"] = other.state_dict()
+    for odd in (dict[str, Any](), None):
+        with pytest.raises(TypeError, match="must be a dict with state and param_groups"):
+            opt.load_state_dict(odd)  # type: ignore[arg-type]
+    lost = {**before, "state": {i: {"step": x["step"]} for i, x in before["state"].items()}}
+    others["lookahead_slow is missing for parameter 0"] = lost
     for message, state in others.items():
         with pytest.raises(ValueError, match=message):
             opt.load_state_dict(state)
