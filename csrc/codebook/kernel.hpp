@@ -23,12 +23,14 @@ template <class T> PYSEQ_INLINE void keep(Best<T>& best, Vec<T> score, IVec<T> c
   best.code = less ? code : best.code;
 }
 
-template <class T> PYSEQ_INLINE void tile(const T* x, int64_t dim, const T* panel, const T* bias, IVec<T> code, Best<T>* best) {
+// Not inlined: what its caller holds would take registers from the sums.
+template <class T>
+__attribute__((noinline)) static void tile(
+    const T* x, int64_t dim, const T* panel, const T* bias, int64_t first, Best<T>* best) {
   constexpr int lanes = Simd<T>::lanes;
   Vec<T> a[kTileRows], b[kTileRows];
-  const Vec<T> first = load<T>(bias), second = load<T>(bias + lanes);
 #pragma GCC unroll 12
-  for (int r = 0; r < kTileRows; ++r) a[r] = first, b[r] = second;
+  for (int r = 0; r < kTileRows; ++r) a[r] = load<T>(bias), b[r] = load<T>(bias + lanes);
   for (int64_t d = 0; d < dim; ++d) {
     const Vec<T> p = load<T>(panel + 2 * lanes * d), q = load<T>(panel + 2 * lanes * d + lanes);
 #pragma GCC unroll 12
@@ -37,6 +39,8 @@ template <class T> PYSEQ_INLINE void tile(const T* x, int64_t dim, const T* pane
       a[r] -= value * p, b[r] -= value * q;
     }
   }
+  IVec<T> code;
+  for (int l = 0; l < lanes; ++l) code[l] = typename Simd<T>::Int(first + l);
 #pragma GCC unroll 12
   for (int r = 0; r < kTileRows; ++r) keep<T>(best[r], a[r], code), keep<T>(best[r], b[r], code + lanes);
 }
@@ -44,14 +48,11 @@ template <class T> PYSEQ_INLINE void tile(const T* x, int64_t dim, const T* pane
 template <class T> void best_codes(const Packed<T>& codes, const T* rows, int count, T* score, int64_t* index) {
   constexpr int lanes = Simd<T>::lanes;
   Best<T> best[kBlockRows];
-  IVec<T> steps;
-  for (int l = 0; l < lanes; ++l) steps[l] = l;
-  for (int r = 0; r < count; ++r) best[r] = {splat<T>(T(__builtin_inf())), steps * 0 - 1};
+  for (int r = 0; r < count; ++r) best[r] = {splat<T>(T(__builtin_inf())), IVec<T>{} - 1};
   for (int64_t p = 0; p < codes.panel_count; ++p) {
     const T* panel = codes.panels + p * 2 * lanes * codes.dim;
-    const IVec<T> code = steps + typename Simd<T>::Int(p * 2 * lanes);
     for (int r = 0; r < count; r += kTileRows)
-      tile<T>(rows + r * codes.dim, codes.dim, panel, codes.bias + p * 2 * lanes, code, best + r);
+      tile<T>(rows + r * codes.dim, codes.dim, panel, codes.bias + p * 2 * lanes, p * 2 * lanes, best + r);
   }
   for (int r = 0; r < count; ++r) {
     score[r] = best[r].score[0], index[r] = best[r].code[0];
