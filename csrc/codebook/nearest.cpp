@@ -67,6 +67,7 @@ template <class T> class Codes {
     for (int64_t d = 0; d < dim; ++d) center_[d] = any_ ? T(center[d] / double(any_)) : T(0);
     T *pack = static_cast<T*>(pack_.get()), *bias = static_cast<T*>(bias_.get());
     for_each(panels_, s.count * dim < 1 << 16 ? 1 : threads, [&](int64_t p) {
+      std::vector<T> moved(dim);
       for (int64_t l = 0; l < lanes; ++l) {
         const int64_t k = p * lanes + l;
         const bool there = k < s.count && usable_[k];
@@ -74,13 +75,10 @@ template <class T> class Codes {
         const T* from = codes + k * dim;
         const double length = there && s.cosine ? std::sqrt(dot(from, from, dim)) : 1.0;
         const T scale = T(length > 0 ? 1 / length : 1);
-        double half = 0;
-        for (int64_t d = 0; d < dim; ++d) {
-          const T moved = there ? (from[d] - center_[d]) * scale : T(0);
-          to[d * lanes] = moved;
-          half += double(moved) * double(moved) / 2;
-        }
-        bias[p * lanes + l] = !there ? std::numeric_limits<T>::infinity() : s.cosine ? T(0) : T(half);
+        for (int64_t d = 0; d < dim; ++d) moved[d] = there ? (from[d] - center_[d]) * scale : T(0);
+        for (int64_t d = 0; d < dim; ++d) to[d * lanes] = moved[d];
+        const double half = s.cosine ? 0.0 : dot(moved.data(), moved.data(), dim) / 2;
+        bias[p * lanes + l] = there ? T(half) : std::numeric_limits<T>::infinity();
       }
     });
   }
