@@ -55,7 +55,8 @@ def _scores(
 @triton.jit(do_not_specialize=["N"])
 def nearest_code_kernel(
     p_x, p_mask, p_center, p_codes, p_bias, p_book, p_indices, p_distance, N, H, K, D,
-    COSINE: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr, ELEMENTS: tl.constexpr, DOT: tl.constexpr
+    MOST: tl.constexpr, COSINE: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr, ELEMENTS: tl.constexpr,
+    DOT: tl.constexpr
 ):  # fmt: skip
     """p_center (H, D), p_codes (H, K, D) less the center, p_bias (H, K), p_book (H, K, D) as given."""
     WIDE: tl.constexpr = p_codes.dtype.element_ty
@@ -85,7 +86,7 @@ def nearest_code_kernel(
         least, at = tl.min(acc, 1), tl.argmin(acc, 1, tie_break_left=True)
         found = tl.where(least < best, k + at, found)
         best = tl.minimum(best, least)
-    large = good & ~(tl.abs(best) < float("inf"))
+    large = good & ~(tl.abs(best) < MOST)
     if tl.max(large.to(tl.int32), 0) > 0:  # scores beyond the format: one code after the other, in float64
         best64 = tl.full([ROWS], float("inf"), tl.float64)
         slow = tl.full([ROWS], -1, tl.int64)
@@ -123,6 +124,7 @@ def nearest(search: Search, cosine: bool, indices: Tensor, distance: Tensor) -> 
     x, book, mask = search
     n, heads, dim = x.shape
     count, wide = book.size(1), distance.dtype
+    most = torch.finfo(wide).max
     usable = book.isfinite().all(2)
     codes = torch.where(usable.unsqueeze(2), book, 0).to(wide)
     center = codes.new_zeros(heads, dim)
@@ -133,12 +135,13 @@ def nearest(search: Search, cosine: bool, indices: Tensor, distance: Tensor) -> 
     else:
         center = (codes.double().sum(1) / usable.sum(1).clamp(min=1).unsqueeze(1)).to(wide)
         codes = codes - center.unsqueeze(1)
-        bias = torch.where(usable, codes.double().square().sum(2) / 2, torch.inf).to(wide)
+        half = codes.double().square().sum(2) / 2
+        bias = torch.where(usable, half.clamp(max=most), torch.inf).to(wide)  # only what never wins is infinite
     sizes = config(dim, wide)
     grid = (triton.cdiv(n, sizes.ROWS), heads)
     if n:
         nearest_code_kernel[grid](
             x, mask, center, codes, bias, book, indices, distance, n, heads, count, dim,
-            cosine, *sizes[:4], num_warps=sizes.num_warps
+            most, cosine, *sizes[:4], num_warps=sizes.num_warps
         )  # fmt: skip
     return OK

@@ -16,7 +16,7 @@ from pyseq.kernels.lookahead import Pairs
 from pyseq.ops import _lookahead
 
 Momentum = Literal["keep", "reset", "pullback"]
-SLOW, STEP, K, ALPHA = (f"lookahead_{name}" for name in ("slow", "step", "k", "alpha"))
+SLOW, STEP, K, ALPHA, SHOWN = (f"lookahead_{name}" for name in ("slow", "step", "k", "alpha", "shown"))
 OF = f"{SLOW}_"  # begins the names of slow momenta
 PLAIN = {Tensor, torch.nn.Parameter}
 VIEW = "this is a view; change opt.optimizer.state, or load a state dict"
@@ -68,12 +68,10 @@ class Lookahead(Optimizer):
                 group.pop(K, None)
                 group.pop(ALPHA, None)
             _settle(group, k, alpha)
-            group[STEP] = 0
+            group[STEP] = group[SHOWN] = 0
         self.momentum, self.defaults = momentum, optimizer.defaults
         self._k, self._alpha = k, alpha
         self._kept: dict[Tensor, dict[str, Tensor]] = {}  # slow weights and, for pullback, slow momenta
-        self._shown: list[Tensor] = []  # whose inner state was made to be looked at
-        self._shown_step = False  # and that of groups
         self._stepping = False
         self._loading: dict[str, Any] = {}
         self._fresh = _fresh_state(optimizer) if momentum == "reset" and optimizer.state else {}
@@ -114,7 +112,7 @@ class Lookahead(Optimizer):
             except (TypeError, ValueError):
                 groups.pop()
                 raise
-            groups[-1][STEP] = clock
+            groups[-1] |= {STEP: clock, SHOWN: 0}
             for p in groups[-1]["params"]:
                 self._kept.pop(p, None)
             self._take(groups[-1:])
@@ -127,7 +125,7 @@ class Lookahead(Optimizer):
         """Start a cycle here: the slow weights will be the weights before the next step."""
         for group in self.param_groups:
             group[STEP] = 0
-        self._kept, self._shown, self._shown_step = {}, [], False
+        self._kept = {}
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # the inner optimizer's is compiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -136,7 +134,10 @@ class Lookahead(Optimizer):
         clock = groups[0].get(STEP, 0)
         self._stepping = True  # nobody who looks at the state now is to be shown more than there is
         try:
-            self._hide()
+            for group in groups:
+                if group.get(SHOWN):  # a step makes its own
+                    self._reset(group)
+                    group[SHOWN] = 0
             if clock == 0:
                 self._kept = {}
                 self._take(groups)
@@ -209,7 +210,7 @@ class Lookahead(Optimizer):
             return
         kept = {p: {name: x.tensor.to(p.device, copy=True) for name, x in e.items()} for p, e in state["state"].items()}
         self.optimizer.load_state_dict(self._loading)
-        self._kept, self._shown, self._shown_step = kept, [], False
+        self._kept = kept
 
     def _take(self, groups: list[dict[str, Any]]) -> None:
         """Slow weights where there are none."""
@@ -269,11 +270,10 @@ class Lookahead(Optimizer):
         """The inner optimizer's state as its next step will begin, where it makes it only then: by a step of a copy, on
         copies of the parameters, with gradients of zero."""
         inner = self.optimizer
-        if any(p in inner.state for group in inner.param_groups for p in group["params"]):
-            return
+        given = [g for g in inner.param_groups if not any(p in inner.state for p in g["params"])]
         originals: dict[Tensor, Tensor] = {}
         groups = []
-        for group in inner.param_groups:
+        for group in given:
             params = [p.detach().clone().requires_grad_(p.requires_grad) for p in group["params"]]
             originals |= zip(params, group["params"], strict=True)
             groups.append({**group, "params": params, **({"weight_decay": 0.0} if "weight_decay" in group else {})})
@@ -292,21 +292,13 @@ class Lookahead(Optimizer):
         for p, entries in twin.state.items():
             if p in originals:
                 inner.state[originals[p]] = {name: _at_first(name, x) for name, x in entries.items()}
-                self._shown.append(originals[p])
-        for group, stepped in zip(inner.param_groups, groups, strict=True):
+        for group, stepped in zip(given, groups, strict=True):
+            group[SHOWN] = 1  # also for whoever loads it
             if "step" in stepped and "step" not in group:
-                group["step"], self._shown_step = _at_first("step", stepped["step"]), True
-
-    def _hide(self) -> None:
-        """Take away what was only shown: a step makes its own."""
-        for p in self._shown:
-            self.optimizer.state.pop(p, None)
-        for group in self.param_groups if self._shown_step else ():
-            group.pop("step", None)
-        self._shown, self._shown_step = [], False
+                group["step"] = _at_first("step", stepped["step"])
 
 
-_OWN = ("_k", "_alpha", "_kept", "_shown", "_shown_step", "_stepping", "_loading", "_fresh")
+_OWN = ("_k", "_alpha", "_kept", "_stepping", "_loading", "_fresh")
 
 
 class _Merged(Mapping[Tensor, dict[str, Any]]):

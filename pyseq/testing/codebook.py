@@ -14,7 +14,7 @@ from pyseq.testing import assert_within, unit
 from pyseq.testing.aot import Binary
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-KINDS = ("apart", "near", "offset", "grid", "spoilt")
+KINDS = ("apart", "near", "offset", "grid", "spoilt", "huge")
 
 
 def smoke() -> str:
@@ -30,7 +30,7 @@ def search(
     kind: str, n: int, heads: int, count: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Search:
     """On the CPU. apart: independent; near: several almost equal codes a row; offset: far from the origin; grid: whole
-    numbers, with many ties; spoilt: NaN, infinities and huge numbers among rows and codes, and a mask."""
+    numbers, with many ties; huge: scores beyond float32; spoilt: NaN, infinities and large numbers, and a mask."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -43,6 +43,8 @@ def search(
         x, codes = x + 100, codes + 100
     if kind == "grid":
         x, codes = x.round(), codes.round()
+    if kind == "huge" and dtype != torch.float16:
+        x, codes = x * 1e20, codes * 1e20
     if kind == "spoilt":
         mask = torch.rand(n, generator=generator) < 0.8
         x[torch.rand(n, heads, generator=generator) < 0.1] *= torch.nan

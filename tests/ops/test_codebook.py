@@ -61,6 +61,15 @@ def test_a_common_offset_costs_no_digits(target: Any) -> None:
     torch.testing.assert_close(distance, near[1], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")  # NumPy's, below Triton's interpreter
+def test_scores_beyond_the_format_are_searched_in_float64(target: Any) -> None:
+    """Where all codes are as large, and where a row is large beside them."""
+    given = search("huge", 9, 1, 20, 6)
+    check(given, "l2", target.backend, target.device)
+    check(given._replace(x=given.x * 1e-20), "l2", target.backend, target.device)
+    check(given._replace(x=given.x * 1e18, codebook=given.codebook * 1e-15), "l2", target.backend, target.device)
+
+
 def test_shapes_and_masks(target: Any) -> None:
     """Any leading dimensions; heads before the elements; a mask over what is looked up."""
     x, codes = torch.randn(2, 3, 4, 5).to(target.device), torch.randn(4, 6, 5).to(target.device)

@@ -27,7 +27,9 @@ ROOM = "lookahead"
 Make = Callable[[Any], Optimizer]
 INNER: dict[str, Make] = {
     "SGD": lambda p: SGD(p, lr=0.1),
-    "momentum": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
+    "momentum": lambda p: SGD(
+        p, lr=0.1, momentum=0.9, dampening=0.5, weight_decay=1e-2
+    ),  # whose first step is unlike the others
     "AdamW": lambda p: AdamW(p, lr=0.05),
     "fused": lambda p: AdamW(p, lr=0.05, fused=True),
     "amsgrad": lambda p: Adam(p, lr=0.05, amsgrad=True),
