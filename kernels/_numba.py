@@ -1,7 +1,10 @@
-"""How the Numba kernels of all rooms are compiled."""
+"""How the Numba kernels of all rooms are compiled, and sums of rows that share a key."""
 
 import os
 from typing import Any
+
+import numpy as np
+from numba import njit
 
 JIT: dict[str, Any] = {
     "nogil": True,
@@ -10,3 +13,40 @@ JIT: dict[str, Any] = {
     "fastmath": {"reassoc", "contract", "nsz", "arcp"},  # keeps -inf and NaN
 }
 EXACT = {**JIT, "fastmath": {"contract"}}  # sums as they are written
+
+
+@njit(**EXACT)
+def sorted_by_key(keys: Any, count: int) -> Any:
+    """Items in the order of their keys, stable, and where each key's begin (count + 1); of keys in [0, count)."""
+    begin = np.zeros(count + 2, np.int64)  # begin[k + 1]: where the next item of key k goes
+    for i in range(keys.shape[0]):
+        if 0 <= keys[i] < count:
+            begin[keys[i] + 2] += 1
+    for k in range(count):
+        begin[k + 2] += begin[k + 1]
+    order = np.empty(begin[count + 1], np.int64)
+    for i in range(keys.shape[0]):
+        k = keys[i]
+        if 0 <= k < count:
+            order[begin[k + 1]] = i
+            begin[k + 1] += 1
+    return order, begin[: count + 1]
+
+
+@njit(**EXACT)
+def sum_segments(order: Any, begin: Any, rows: Any, chunk: int, sums: Any) -> None:
+    """sums (keys, D) of rows (items, D): in float64 by chunks of a key's items, then the chunks in order."""
+    dim = rows.shape[1]
+    total, part = np.empty(dim), np.empty(dim)
+    for k in range(sums.shape[0]):
+        total[:] = 0.0
+        for at in range(begin[k], begin[k + 1], chunk):
+            part[:] = 0.0
+            for i in range(at, min(at + chunk, begin[k + 1])):
+                row = rows[order[i]]
+                for d in range(dim):
+                    part[d] += np.float64(row[d])
+            for d in range(dim):
+                total[d] += part[d]
+        for d in range(dim):
+            sums[k, d] = total[d]

@@ -7,6 +7,7 @@
 #include "codebook.hpp"
 #include "cpu.hpp"
 #include "parallel.hpp"
+#include "sums.hpp"
 
 namespace pyseq::codebook {
 
@@ -26,22 +27,8 @@ namespace {
 
 constexpr int64_t kBlock = 96;  // rows a thread takes at once: a multiple of every level's tile
 
-// The sum of term(d), eight at a time in an order of its own, for a chain of additions would take longer than the search.
-template <class S, class F> S sum_of(int64_t dim, F term) {
-  S parts[8] = {};
-  int64_t d = 0;
-  for (; d + 8 <= dim; d += 8)
-    for (int i = 0; i < 8; ++i) parts[i] += term(d + i);
-  for (int i = 0; d < dim; ++d, ++i) parts[i] += term(d);
-  return ((parts[0] + parts[4]) + (parts[1] + parts[5])) + ((parts[2] + parts[6]) + (parts[3] + parts[7]));
-}
-
 template <class T> bool finite(const T* x, int64_t dim) {
   return sum_of<T>(dim, [=](int64_t d) { return x[d] * 0; }) == 0;  // NaN of NaN and of infinities
-}
-
-template <class T> double dot(const T* a, const T* b, int64_t dim) {
-  return sum_of<double>(dim, [=](int64_t d) { return double(a[d]) * double(b[d]); });
 }
 
 template <class T> double apart(const T* a, const T* b, int64_t dim) {
@@ -113,7 +100,7 @@ template <class T> class Codes {
 };
 
 template <class T> T measured(const Search<T>& s, const T* x, const T* code) {
-  if (s.cosine) {
+  if (s.cosine && !s.total) {
     const double lengths = std::sqrt(dot(x, x, s.dim)) * std::sqrt(dot(code, code, s.dim));
     return T(lengths > 0 ? dot(x, code, s.dim) / lengths : 0);
   }
@@ -150,9 +137,15 @@ template <class T> void nearest(const Search<T>& s) {
         if (good[r] && !(index[r] >= 0 && std::abs(score[r]) < std::numeric_limits<T>::infinity())) index[r] = head.slowly(x);
         s.indices[at] = good[r] ? index[r] : -1;
         s.distance[at] = good[r] ? measured(s, x, codes + index[r] * dim) : std::numeric_limits<T>::quiet_NaN();
+        if (!s.quantized) continue;
+        if (good[r])
+          std::copy_n(codes + index[r] * dim, dim, s.quantized + at * dim);
+        else
+          std::fill_n(s.quantized + at * dim, dim, T(0));
       }
     });
   }
+  if (s.total) *s.total = sum_of<double>(s.n * s.heads, [&](int64_t i) { return s.indices[i] < 0 ? 0.0 : double(s.distance[i]); });
 }
 
 template void nearest(const Search<float>&);

@@ -1,4 +1,4 @@
-"""Numba launcher of the codebook room: serial, four rows at a time against panels of codes."""
+"""Numba launchers of the codebook room: serial; a search takes four rows at a time against panels of codes."""
 
 import math
 
@@ -7,10 +7,10 @@ from numba import njit
 from torch import Tensor
 
 from pyseq.kernels import OK
-from pyseq.kernels._numba import EXACT
-from pyseq.kernels.codebook import Search
+from pyseq.kernels._numba import EXACT, sorted_by_key, sum_segments
+from pyseq.kernels.codebook import BAD_INDEX, CHUNK, PARALLEL, Chosen, Pull, Search
 
-__all__ = ["nearest"]
+__all__ = ["gradient", "nearest", "statistics"]
 _LANES = 64  # codes of a panel
 _ROWS = 4
 _INF = np.inf
@@ -86,7 +86,7 @@ def _slowly(x, codes, usable, cosine):
 
 
 @njit(**EXACT)
-def _head(x, codes, mask, cosine, indices, distance):
+def _head(x, codes, mask, cosine, by_cosine, indices, distance, quantized):
     """x: (N, D), codes: (K, D)."""
     rows, dim = x.shape
     count = codes.shape[0]
@@ -131,17 +131,97 @@ def _head(x, codes, mask, cosine, indices, distance):
             n = begin + r
             if not good[r]:
                 indices[n], distance[n] = -1, np.nan
+                if quantized.shape[0] > 0:
+                    quantized[n] = 0
                 continue
             k = found[r] if found[r] >= 0 and abs(best[r]) < _INF else _slowly(x[n], codes, usable, cosine)
-            indices[n], distance[n] = k, _between(x[n], codes[k], cosine)
+            indices[n], distance[n] = k, _between(x[n], codes[k], by_cosine)
+            if quantized.shape[0] > 0:
+                quantized[n] = codes[k]
+
+
+@njit(**EXACT)
+def _total(indices, distance):
+    total = 0.0
+    for i in range(indices.shape[0]):
+        total += np.float64(distance[i]) if indices[i] >= 0 else 0.0
+    return total
 
 
 _ALL = np.empty(0, np.bool_)
 
 
-def nearest(search: Search, cosine: bool, indices: Tensor, distance: Tensor) -> int:
+def nearest(
+    search: Search, cosine: bool, indices: Tensor, distance: Tensor, quantized: Tensor | None, total: Tensor | None
+) -> int:
     x, codes = search.x.numpy(), search.codebook.numpy()
     mask = _ALL if search.mask is None else search.mask.numpy()
+    out = x[:0] if quantized is None else quantized.numpy()
     for h in range(codes.shape[0]):
-        _head(x[:, h], codes[h], mask, cosine, indices.numpy()[:, h], distance.numpy()[:, h])
+        found = indices.numpy()[:, h], distance.numpy()[:, h], out[:, h]
+        _head(x[:, h], codes[h], mask, cosine, cosine and total is None, *found)
+    if total is not None:
+        total.fill_(_total(indices.numpy().reshape(-1), distance.numpy().reshape(-1)))
+    return OK
+
+
+@njit(**EXACT)
+def _keys(indices, count, keys):
+    sound = True
+    for n in range(indices.shape[0]):
+        for h in range(indices.shape[1]):
+            k = indices[n, h]
+            sound &= -1 <= k < count
+            keys[n * indices.shape[1] + h] = h * count + k if 0 <= k < count else -1
+    return sound
+
+
+def statistics(chosen: Chosen, counts: Tensor, sums: Tensor | None) -> int:
+    heads, count = counts.shape
+    keys = np.empty(chosen.indices.numel(), np.int64)
+    sound = _keys(chosen.indices.numpy(), count, keys)
+    order, begin = sorted_by_key(keys, heads * count)
+    counts.numpy()[:] = np.diff(begin).reshape(heads, count)
+    if sums is not None:
+        dim = chosen.x.size(2)
+        sum_segments(order, begin, chosen.x.numpy().reshape(-1, dim), CHUNK, sums.numpy().reshape(-1, dim))
+    return OK if sound else BAD_INDEX
+
+
+@njit(**EXACT)
+def _gradient(x, codes, indices, scale, upstream, rotation, out):
+    for n in range(x.shape[0]):
+        for h in range(x.shape[1]):
+            k = indices[n, h]
+            if not 0 <= k < codes.shape[1]:
+                out[n, h] = 0
+                continue
+            row, code, to = x[n, h], codes[h, k], out[n, h]
+            for d in range(row.shape[0]):
+                to[d] = scale * (row[d] - code[d])
+            if upstream.shape[0] == 0:
+                continue
+            up, all_, of_row, of_code = upstream[n, h], 1.0, 0.0, 0.0
+            if rotation:
+                xx, cc = _dot(row, row), _dot(code, code)
+                lengths = math.sqrt(xx) * math.sqrt(cc)
+                apart = 2 + 2 * _dot(row, code) / lengths if lengths > 0.0 else 0.0
+                if apart > PARALLEL:  # see the C++
+                    e, q = 1 / math.sqrt(xx), 1 / math.sqrt(cc)
+                    ratio, eg, qg = e / q, e * _dot(row, up), q * _dot(code, up)
+                    both = 2 * (eg + qg) / apart
+                    all_, of_row, of_code = ratio, ratio * e * (2 * qg - both), -ratio * q * both
+            if all_ == 1.0 and of_row == 0.0 and of_code == 0.0:
+                for d in range(row.shape[0]):
+                    to[d] += up[d]
+            else:
+                a, b, c = x.dtype.type(all_), x.dtype.type(of_row), x.dtype.type(of_code)
+                for d in range(row.shape[0]):
+                    to[d] += a * up[d] + b * row[d] + c * code[d]
+
+
+def gradient(pull: Pull, rotation: bool, gradient: Tensor) -> int:
+    x, codes, indices = pull.x.numpy(), pull.codebook.numpy(), pull.indices.numpy()
+    upstream = x[:0] if pull.upstream is None else pull.upstream.numpy()
+    _gradient(x, codes, indices, pull.scale.numpy()[0], upstream, rotation, gradient.numpy())
     return OK

@@ -7,10 +7,14 @@ from pyseq.ops.chain import crf_marginals as crf_marginals
 from pyseq.ops.chain import crf_nll as crf_nll
 from pyseq.ops.chain import crf_score as crf_score
 from pyseq.ops.chain import viterbi as viterbi
+from pyseq.ops.codebook import Quantized as Quantized
+from pyseq.ops.codebook import code_statistics as code_statistics
 from pyseq.ops.codebook import nearest_code as nearest_code
+from pyseq.ops.codebook import quantize as quantize
+from pyseq.ops.codebook import straight_through as straight_through
 from pyseq.ops.lookahead import lookahead_update_ as lookahead_update_
 
 __all__ = [
-    "Backend", "crf_log_partition", "crf_marginals", "crf_nll", "crf_score", "explain", "lookahead_update_",
-    "nearest_code", "viterbi"
+    "Backend", "Quantized", "code_statistics", "crf_log_partition", "crf_marginals", "crf_nll", "crf_score", "explain",
+    "lookahead_update_", "nearest_code", "quantize", "straight_through", "viterbi"
 ]  # fmt: skip

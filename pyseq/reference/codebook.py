@@ -1,9 +1,10 @@
-"""Nearest codes in plain torch: the oracle of every kernel."""
+"""Nearest codes, their statistics and the quantiser in plain torch: the oracle of every kernel."""
 
 import torch
 from torch import Tensor
 
 ROWS = 1 << 22  # scores that exist at a time
+PARALLEL = 1e-6  # squared length of the sum of two unit vectors: below it they are opposite
 
 
 def nearest_code(
@@ -41,3 +42,67 @@ def nearest_code(
     else:
         value = ((clean - chosen) ** 2).sum(2)
     return torch.where(rows, indices, -1), torch.where(rows, value, torch.nan)
+
+
+def code_statistics(x: Tensor, indices: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """How many rows chose each code (H, K) int64, and their sum (H, K, D). x: (N, H, D), indices: (N, H)."""
+    heads = x.size(1)
+    real = (indices >= 0) & (indices < count)
+    at = torch.where(real, indices + count * torch.arange(heads, device=x.device), heads * count).reshape(-1)
+    rows = torch.where(real.unsqueeze(2), x.double(), 0.0).reshape(at.numel(), x.size(2))
+    counts = at.new_zeros(heads * count + 1).index_add(0, at, torch.ones_like(at))
+    sums = rows.new_zeros(heads * count + 1, x.size(2)).index_add(0, at, rows)
+    return counts[:-1].view(heads, count), sums[:-1].view(heads, count, x.size(2))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Divided by their lengths; zero where that is 0, with no gradient. x: (..., D)."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(length == 0, 0.0, x / torch.where(length == 0, 1.0, length))
+
+
+def rotated(x: Tensor, code: Tensor) -> Tensor:
+    """The code, as what the rotation from x to it, and a factor, make of x: both are constants to the gradient.
+    x, code: (..., D). The code added to nothing, with the gradient of x, where one is zero or they are opposite."""
+    with torch.no_grad():
+        e, q = unit(x), unit(code)
+        ratio = torch.linalg.vector_norm(code, dim=-1, keepdim=True) / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        both = e + q
+        square = 2 + 2 * (e * q).sum(-1, keepdim=True)
+        turns = (square > PARALLEL) & (ratio > 0) & ratio.isfinite()
+        ratio, square = torch.where(turns, ratio, 1.0), torch.where(turns, square, 1.0)
+    turned = x - 2 * both * (both * x).sum(-1, keepdim=True) / square + 2 * q * (e * x).sum(-1, keepdim=True)
+    return torch.where(turns, ratio * turned, x)
+
+
+def look_up(
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    cosine: bool,
+    rotation: bool,
+    beta: float,
+    gamma: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes of rows (N, H, D), loss, counts (H, K) and sums (H, K, D), with gradients by autograd.
+
+    x: (N, H, D), codebook: (H, K, D), indices: (N, H). What is compared, looked up and summed are rows and codes, or
+    for cosines both divided by their lengths.
+    """
+    real = (indices >= 0).unsqueeze(2)
+    rows, codes = torch.where(real, x, 0.0), codebook
+    rows, codes = (unit(rows), unit(codes)) if cosine else (rows, codes)
+    counts, sums = code_statistics(rows.detach(), indices, codebook.size(1))
+    chosen = codes[torch.arange(codes.size(0), device=x.device), indices.clamp(min=0)]
+    chosen = torch.where(real, chosen, 0.0)
+    apart = beta * (rows.detach() - chosen).square().sum() + gamma * (rows - chosen.detach()).square().sum()
+    through = rotated(rows, chosen.detach()) if rotation else rows
+    quantized = chosen.detach() + (through - through.detach())
+    return quantized, apart / terms(counts, x.size(2), reduction), counts, sums
+
+
+def terms(counts: Tensor, dim: int, reduction: str) -> Tensor:
+    """What a sum of squares is divided by: its elements, its rows, or one; at least one."""
+    rows = counts.sum().clamp(min=1).double()
+    return rows * max(dim, 1) if reduction == "mean" else rows if reduction == "vector" else torch.ones_like(rows)

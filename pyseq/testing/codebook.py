@@ -106,7 +106,7 @@ def triton_call(dtype: torch.dtype, dim: int, cosine: bool) -> Callable[[], None
     """A launch with a mask, on tensors that nobody reads: for those who only record it."""
     given = search("apart", 3, 2, 5, dim, dtype)._replace(mask=torch.ones(3, dtype=torch.bool))
     out = torch.empty(3, 2, dtype=torch.int64), torch.empty(3, 2, dtype=given.codebook.dtype)
-    return functools.partial(launcher("codebook", "triton").nearest, given, cosine, *out)
+    return functools.partial(launcher("codebook", "triton").nearest, given, cosine, *out, None, None)
 
 
 def binaries(quick: bool) -> Iterator[Binary]:
