@@ -55,8 +55,8 @@ def _scores(
 @triton.jit(do_not_specialize=["N"])
 def nearest_code_kernel(
     p_x, p_mask, p_center, p_codes, p_bias, p_book, p_indices, p_distance, p_quantized, N, H, K, D,
-    MOST: tl.constexpr, COSINE: tl.constexpr, BY_COSINE: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr, ELEMENTS: tl.constexpr,
-    DOT: tl.constexpr
+    MOST: tl.constexpr, COSINE: tl.constexpr, BY_COSINE: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
+    ELEMENTS: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     """p_center (H, D), p_codes (H, K, D) less the center, p_bias (H, K), p_book (H, K, D) as given."""
     WIDE: tl.constexpr = p_codes.dtype.element_ty

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from pyseq.kernels.codebook import BAD_INDEX, Chosen, Pull, Search
 from pyseq.ops._autograd import refuse_upstream
-from pyseq.ops._backend import Backends, settings
+from pyseq.ops._backend import Backends, Name, settings
 from pyseq.ops._check import wide
 from pyseq.ops._library import Raw, needs_grad
 from pyseq.reference import codebook as reference
 from pyseq.reference.codebook import terms, unit
 
-ORDER = {"cpu": ("cpp", "numba"), "cuda": ("triton",)}
+ORDER: dict[str, tuple[Name, ...]] = {"cpu": ("cpp", "numba"), "cuda": ("triton",)}
 SEARCH = Backends("codebook", Search, ORDER)
 STATISTICS = Backends("codebook", Chosen, ORDER)
 PULL = Backends("codebook", Pull, ORDER)
@@ -100,7 +100,7 @@ def _statistics_kernel(chosen: Chosen, options: StatisticsOptions) -> tuple[Tens
     if settings.check or (options.check and not by_kernel):
         _raise_bad_indices(chosen.indices, options.codes)
     if options.backend == "reference":
-        counts, sums = reference.code_statistics(*chosen, options.codes)
+        counts, sums = reference.code_statistics(chosen.x, chosen.indices, options.codes)
         return counts, sums.to(wide(chosen.x))
     counts, sums = _statistics_fake(chosen, options)
     if _statistics.launch("statistics", chosen, options.backend, counts, sums) == BAD_INDEX and options.check:
@@ -201,7 +201,7 @@ def _differentiable_gradient(
 
 
 def _pull_fake(pull: Pull, options: PullOptions) -> Tensor:
-    return pull.scale.new_empty(pull.x.shape)
+    return torch.empty_like(pull.x, dtype=pull.scale.dtype, memory_format=torch.contiguous_format)
 
 
 def _pull_kernel(pull: Pull, options: PullOptions) -> Tensor:

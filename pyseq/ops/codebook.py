@@ -173,7 +173,8 @@ def loss_options(
 def perplexity_of(counts: Tensor) -> Tensor:
     """e to the entropy of counts (H, K), the mean over heads; 1 where nothing was counted."""
     share = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
-    return torch.special.entr(share).sum(1).exp().mean()
+    each: Tensor = torch.special.entr(share).sum(1).exp()
+    return each.mean()
 
 
 def straight_through(forward_fn: Callable[..., Tensor], backward_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
