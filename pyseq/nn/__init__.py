@@ -2,5 +2,7 @@
 
 from pyseq.nn.crf import CRF as CRF
 from pyseq.nn.crf import crf_parameter_groups as crf_parameter_groups
+from pyseq.nn.quantizer import VectorQuantizer as VectorQuantizer
+from pyseq.nn.quantizer import VectorQuantizerOutput as VectorQuantizerOutput
 
-__all__ = ["CRF", "crf_parameter_groups"]
+__all__ = ["CRF", "VectorQuantizer", "VectorQuantizerOutput", "crf_parameter_groups"]

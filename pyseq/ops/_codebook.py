@@ -98,17 +98,17 @@ def _statistics_fake(chosen: Chosen, options: StatisticsOptions) -> tuple[Tensor
 def _statistics_kernel(chosen: Chosen, options: StatisticsOptions) -> tuple[Tensor, Tensor]:
     by_kernel = options.backend in ("cpp", "numba")  # which look at the indices themselves
     if settings.check or (options.check and not by_kernel):
-        _raise_bad_indices(chosen.indices, options.codes)
+        raise_bad_indices(chosen.indices, options.codes)
     if options.backend == "reference":
         counts, sums = reference.code_statistics(chosen.x, chosen.indices, options.codes)
         return counts, sums.to(wide(chosen.x))
     counts, sums = _statistics_fake(chosen, options)
     if _statistics.launch("statistics", chosen, options.backend, counts, sums) == BAD_INDEX and options.check:
-        _raise_bad_indices(chosen.indices, options.codes)
+        raise_bad_indices(chosen.indices, options.codes)
     return counts, sums
 
 
-def _raise_bad_indices(indices: Tensor, codes: int) -> None:
+def raise_bad_indices(indices: Tensor, codes: int) -> None:
     bad = (indices < -1) | (indices >= codes)
     if bad.any():
         raise ValueError(f"indices must be -1, or from 0 to {codes - 1}, got {int(indices[bad][0])}")

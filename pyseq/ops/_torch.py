@@ -20,6 +20,7 @@ _modes = _private("_len_torch_dispatch_stack")
 _tracing = _private("_is_tracing")
 _transforms = _private("_are_functorch_transforms_active")
 _keeps_graph = _private("_autograd._get_current_graph_task_keep_graph")
+_graph_task = _private("_current_graph_task_id")
 _is_batched = _private("_functorch.is_batchedtensor") or (lambda x: False)
 _is_legacy_batched = _private("_functorch.is_legacy_batchedtensor") or (lambda x: False)
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
@@ -58,6 +59,12 @@ def is_batched(x: Tensor) -> bool:
 def keeps_graph() -> bool:
     """Whether the backward that runs may run again: then a saved gradient must not get into other hands."""
     return _keeps_graph is None or bool(_keeps_graph())
+
+
+def in_backward() -> bool:
+    """Whether autograd runs this, as activation checkpointing lets it run a forward again; no where torch does not
+    tell: then state that a forward updates is updated once more."""
+    return not torch.compiler.is_compiling() and _graph_task is not None and _graph_task() != -1
 
 
 def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
