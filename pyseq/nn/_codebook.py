@@ -58,19 +58,21 @@ def draw(rows: Tensor, valid: Tensor, codes: int, step: Tensor) -> tuple[Tensor,
     """A row for each code (H, K, D), and whether it comes from this rank (H, K): zeros elsewhere, to be added up.
 
     rows: (N, H, D), valid: (N, H), step: int64 scalar, the seed. Each head's rows of all ranks, one behind another, are
-    cut into K equal parts and one is taken from each, so none comes twice while there are K.
+    cut into K equal parts and one is taken from each, at least one row behind the last, so none comes twice while there
+    are K. A rank takes the others to have as many rows as it has; else two may give a row for one code.
     """
     count, heads, dim = rows.shape
     rank, world = ranks()
     k = torch.arange(codes, device=rows.device)
     each = _hash(step * heads * codes + torch.arange(heads * codes, device=rows.device)).view(heads, codes)
-    place = ((k << _BITS | each) // codes + _hash(step)) & _MASK  # in all rows, a fraction of 2^31
-    share = place * world
-    there = valid.sum(0)  # (H,)
-    mine = (share >> _BITS == rank) & (there > 0).unsqueeze(1)
+    there = valid.sum(0).unsqueeze(1)  # (H, 1)
+    free = (there * world - codes).clamp(min=0)  # with K rows none may move in its part
+    place = ((k + _hash(step)) % codes * there * world << 16) + (each >> 15) * free  # in all rows, K 2^16 for each
+    number = place // (codes << 16)
+    mine = (number // there.clamp(min=1) == rank) & (there > 0)
     if count == 0:
         return rows.new_zeros(heads, codes, dim), mine
-    number = (share & _MASK) * there.unsqueeze(1) >> _BITS  # of a valid row
+    number = number % there.clamp(min=1)  # of a valid row
     at = torch.searchsorted(valid.t().long().cumsum(1), number + 1).clamp(max=count - 1)
     found = rows[at, torch.arange(heads, device=rows.device).unsqueeze(1)]
     return torch.where(mine.unsqueeze(2), found, 0.0), mine
@@ -83,6 +85,7 @@ def k_means(rows: Tensor, mask: Tensor | None, codes: Tensor, cosine: bool, step
     rows = unit(rows) if cosine else rows
     found, mine = draw(rows, valid, codes.size(1), step)
     found, mine, there = reduced(found, mine.to(codes.dtype), valid.sum(0).to(codes.dtype))
+    found = found / mine.clamp(min=1).unsqueeze(2)  # two ranks may have given a row
     few = there < codes.size(1)
     noise = (
         _hash(torch.arange(codes.numel(), device=codes.device)).view_as(codes).to(codes.dtype) / 2 ** (_BITS - 1) - 1

@@ -177,8 +177,13 @@ class VectorQuantizer(nn.Module):
             raise ValueError(
                 f"x must be of size dim={self.dim} along channel_dim={self.channel_dim}, got {(*x.shape,)}"
             )
-        inner = self.project_in(x.movedim(self.channel_dim, -1))
+        inner = x.movedim(self.channel_dim, -1)
         shape = inner.shape[:-1]
+        if not isinstance(self.project_in, nn.Identity):  # whose weight's gradient is 0 times what is not finite, else
+            finite = inner.isfinite().all(-1, keepdim=True)
+            inner = torch.where(finite, self.project_in(torch.where(finite, inner, 0.0)), torch.nan)
+        if mask is not None and not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
         if mask is not None and mask.shape != shape:
             raise ValueError(f"mask must have the shape {(*shape,)} of the vectors, got {(*mask.shape,)}")
         rows = inner.reshape(shape.numel(), self.heads, self.codebook_dim)
@@ -186,9 +191,10 @@ class VectorQuantizer(nn.Module):
         again = learns and _torch.in_backward()  # activation checkpointing runs the forward once more
         flat = None if mask is None else mask.reshape(-1)
         if learns and not again and not self._ready:
+            _check_search(Search(rows, self.codebook, flat))  # before anything changes
             self._initialize(rows.detach(), flat)
         codes = self._codes(learns, again)
-        sums = learns and not again and self.decay is not None
+        sums = learns and self.decay is not None  # again, too: checkpointing compares what both forwards save
         search = _check_search(Search(rows, codes, flat))
         quantized, indices, loss, counts, sums_ = _codebook.quantize(search, self._options._replace(sums=sums))
         if learns and not again:
@@ -264,7 +270,7 @@ class VectorQuantizer(nn.Module):
         looked = valid.numel() if search.mask is None else search.mask.sum() * self.heads
         parts = [counts.to(dtype), (looked - counts.sum()).to(dtype)]
         if sums is not None:
-            parts.append(sums)
+            parts.append(sums.to(dtype))
         if self.dead_code_threshold:
             found, mine = draw(search.x.detach(), valid, self.num_codes, self.steps)
             parts += [mine.to(dtype), unit(found.to(dtype)) if self._options.cosine else found.to(dtype)]
@@ -280,7 +286,7 @@ class VectorQuantizer(nn.Module):
         decay = USE_DECAY if self.decay is None else self.decay
         after = followed(before, new_counts, new_sums, decay, self._options.cosine)
         if rest:
-            after = revived(after, rest[1], rest[0] > 0, self.dead_code_threshold)
+            after = revived(after, rest[1], rest[0] == 1, self.dead_code_threshold)
         due = self.steps % self.accumulation_steps == 0
         for old, new in zip(before, after, strict=True):
             if old is not None and new is not None and old is not new:
@@ -292,10 +298,12 @@ class VectorQuantizer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._ready, self._last = bool(self.initialized), None
+        if not self.initialized.is_meta:
+            self._ready, self._last = bool(self.initialized), None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "VectorQuantizer":
-        own = {id(x) for name in STATE if (x := getattr(self, name)) is not None}
+        state = [x for name in STATE if (x := getattr(self, name)) is not None]
+        own = {id(x) for x in (*state, *(x.grad for x in state))}
 
         def kept(x: Tensor) -> Tensor:
             moved: Tensor = fn(x)
