@@ -33,6 +33,7 @@ template <class F> Segments sorted_by_key(int64_t items, int64_t keys, F key) {
 
 // sums (keys, dim) of rows (items, dim).
 template <class T> void sum_segments(const Segments& s, const T* rows, int64_t dim, T* sums, int threads) {
+  constexpr int64_t kAhead = 6, kLine = 64 / sizeof(T);
   struct Chunk {
     int64_t key, begin, end, part;  // part: where its sum waits for the others of its key; -1: it is the only one
   };
@@ -58,6 +59,10 @@ template <class T> void sum_segments(const Segments& s, const T* rows, int64_t d
       std::fill(sum.begin(), sum.end(), 0.0);
       for (int64_t i = chunk.begin; i < chunk.end; ++i) {
         const T* row = rows + s.order[i] * dim;
+        if (i + kAhead < int64_t(s.order.size())) {  // rows lie anywhere: no hardware foresees them
+          const T* next = rows + s.order[i + kAhead] * dim;
+          for (int64_t d = 0; d < std::min<int64_t>(dim, 8 * kLine); d += kLine) __builtin_prefetch(next + d);
+        }
         for (int64_t d = 0; d < dim; ++d) sum[d] += double(row[d]);
       }
       if (chunk.part < 0)

@@ -61,7 +61,8 @@ template <class T> int count_and_sum(handle x, handle indices, handle counts, ha
 }
 
 template <class T>
-int pull(handle x, handle codebook, handle indices, handle scale, handle upstream, bool rotation, handle gradient, int threads) {
+int pull(handle x, handle codebook, handle indices, handle scale, handle upstream, bool rotation, handle gradient, int threads,
+         int level) {
   Reader read;
   Pull<T> p{};
   read_rows<T>(read, x, p);
@@ -71,7 +72,7 @@ int pull(handle x, handle codebook, handle indices, handle scale, handle upstrea
   p.upstream = read.optional<T>(upstream, {p.n, p.heads, p.dim});
   p.gradient = read.array<T>(gradient, {p.n, p.heads, p.dim});
   if (!read.fits) return kUnfit;
-  p.rotation = rotation, p.threads = threads;
+  p.rotation = rotation, p.threads = threads, p.level = level;
   const py::gil_scoped_release release;
   codebook::gradient(p);
   return kOk;

@@ -37,7 +37,7 @@ template <class T> struct Pull {
   int64_t n, heads, count, dim;
   bool rotation;
   T* gradient;
-  int threads;
+  int threads, level;
 };
 
 // The codes of one head as kernels read them: in panels of `lanes` codes, element by element, less the center.
@@ -46,10 +46,17 @@ template <class T> struct Packed {
   int64_t panel_count, dim;
 };
 
-// The least score and its code for each of `rows` rows (rows, dim), a multiple of `tile_rows`; -1 where none is finite.
+// What is compiled for one instruction set level. Sums are in float64.
 template <class T> struct Level {
   int lanes, tile_rows;
+  // The least score and its code for each of `count` rows (count, dim), a multiple of tile_rows; -1: none is finite.
   void (*best)(const Packed<T>& codes, const T* rows, int count, T* score, int64_t* index);
+  bool (*finite)(const T* x, int64_t dim);
+  double (*dot)(const T* x, const T* y, int64_t dim);
+  double (*apart)(const T* x, const T* y, int64_t dim);  // squared distance
+  void (*add)(const T* x, int64_t dim, double* sum);
+  // A panel of codes less the center, times their scales, and half their squared lengths; zeros for null.
+  void (*pack)(const T* const* codes, const T* scale, const T* center, int64_t dim, T* panel, double* half);
 };
 template <class T> const Level<T>& level_of(int level);
 

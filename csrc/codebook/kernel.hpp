@@ -64,10 +64,58 @@ template <class T> void best_codes(const Packed<T>& codes, const T* rows, int co
   }
 }
 
+// Sums of eight terms at a time in an order of its own: a chain of additions would take longer than the search.
+template <class S, class F> PYSEQ_INLINE S sum_of(int64_t dim, F term) {
+  S parts[8] = {};
+  int64_t d = 0;
+  for (; d + 8 <= dim; d += 8)
+    for (int i = 0; i < 8; ++i) parts[i] += term(d + i);
+  for (int i = 0; d < dim; ++d, ++i) parts[i] += term(d);
+  return ((parts[0] + parts[4]) + (parts[1] + parts[5])) + ((parts[2] + parts[6]) + (parts[3] + parts[7]));
+}
+
+template <class T> bool finite(const T* x, int64_t dim) {
+  return sum_of<T>(dim, [=](int64_t d) { return x[d] * 0; }) == 0;  // NaN of NaN and of infinities
+}
+
+template <class T> double dot(const T* x, const T* y, int64_t dim) {
+  return sum_of<double>(dim, [=](int64_t d) { return double(x[d]) * double(y[d]); });
+}
+
+template <class T> double apart(const T* x, const T* y, int64_t dim) {
+  return sum_of<double>(dim, [=](int64_t d) { return (double(x[d]) - double(y[d])) * (double(x[d]) - double(y[d])); });
+}
+
+template <class T> void add(const T* x, int64_t dim, double* sum) {
+  for (int64_t d = 0; d < dim; ++d) sum[d] += double(x[d]);
+}
+
+template <class T> void pack(const T* const* codes, const T* scale, const T* center, int64_t dim, T* panel, double* half) {
+  constexpr int lanes = 2 * Simd<T>::lanes, step = 16;
+  T moved[lanes][step];
+  for (int l = 0; l < lanes; ++l) half[l] = 0;
+  for (int64_t first = 0; first < dim; first += step) {
+    const int here = int(dim - first < step ? dim - first : step);
+    for (int l = 0; l < lanes; ++l) {
+      if (!codes[l]) {
+        for (int d = 0; d < step; ++d) moved[l][d] = 0;
+        continue;
+      }
+      for (int d = 0; d < here; ++d) moved[l][d] = (codes[l][first + d] - center[first + d]) * scale[l];
+      half[l] += dot(moved[l], moved[l], here) / 2;
+    }
+    for (int d = 0; d < here; ++d)
+      for (int l = 0; l < lanes; ++l) panel[(first + d) * lanes + l] = moved[l][d];
+  }
+}
+
+template <class T> constexpr pyseq::codebook::Level<T> kLevel = {
+    2 * Simd<T>::lanes, kTileRows, best_codes<T>, finite<T>, dot<T>, apart<T>, add<T>, pack<T>};
+
 }  // namespace
 
-#define PYSEQ_CODEBOOK_LEVEL(suffix)                                                                                     \
-  namespace pyseq::codebook {                                                                                            \
-  extern const Level<float> float_##suffix = {2 * Simd<float>::lanes, kTileRows, best_codes<float>};                     \
-  extern const Level<double> double_##suffix = {2 * Simd<double>::lanes, kTileRows, best_codes<double>};                 \
+#define PYSEQ_CODEBOOK_LEVEL(suffix)                              \
+  namespace pyseq::codebook {                                     \
+  extern const Level<float> float_##suffix = kLevel<float>;       \
+  extern const Level<double> double_##suffix = kLevel<double>;    \
   }

@@ -1,13 +1,11 @@
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
 #include "codebook.hpp"
 #include "cpu.hpp"
 #include "parallel.hpp"
-#include "sums.hpp"
 
 namespace pyseq::codebook {
 
@@ -25,48 +23,39 @@ template <> const Level<double>& level_of(int) { return double_v2; }
 
 namespace {
 
+constexpr int kMostLanes = 32;
 constexpr int64_t kBlock = 96;  // rows a thread takes at once: a multiple of every level's tile
-
-template <class T> bool finite(const T* x, int64_t dim) {
-  return sum_of<T>(dim, [=](int64_t d) { return x[d] * 0; }) == 0;  // NaN of NaN and of infinities
-}
-
-template <class T> double apart(const T* a, const T* b, int64_t dim) {
-  return sum_of<double>(dim, [=](int64_t d) { return (double(a[d]) - double(b[d])) * (double(a[d]) - double(b[d])); });
-}
 
 // One head's codes, packed, and whether any of them may win.
 template <class T> class Codes {
  public:
-  Codes(const Search<T>& s, const T* codes, int lanes, int threads) : s_(s), codes_(codes), usable_(s.count) {
-    const int64_t dim = s.dim;
+  Codes(const Search<T>& s, const Level<T>& level, const T* codes) : s_(s), level_(level), codes_(codes), usable_(s.count) {
+    const int64_t dim = s.dim, lanes = level.lanes;
     panels_ = (s.count + lanes - 1) / lanes;
     pack_ = Block(sizeof(T) * panels_ * lanes * std::max<int64_t>(dim, 1));
     bias_ = Block(sizeof(T) * panels_ * lanes);
     center_.assign(dim, 0);
     std::vector<double> center(dim, 0.0);
     for (int64_t k = 0; k < s.count; ++k) {
-      usable_[k] = finite(codes + k * dim, dim);
+      usable_[k] = level.finite(codes + k * dim, dim);
       any_ += usable_[k];
-      if (!s.cosine && usable_[k])
-        for (int64_t d = 0; d < dim; ++d) center[d] += double(codes[k * dim + d]);
+      if (!s.cosine && usable_[k]) level.add(codes + k * dim, dim, center.data());
     }
     for (int64_t d = 0; d < dim; ++d) center_[d] = any_ ? T(center[d] / double(any_)) : T(0);
     T *pack = static_cast<T*>(pack_.get()), *bias = static_cast<T*>(bias_.get());
-    for_each(panels_, s.count * dim < 1 << 16 ? 1 : threads, [&](int64_t p) {
-      std::vector<T> moved(dim);
+    for_each(panels_, s.count * dim < 1 << 16 ? 1 : s.threads, [&](int64_t p) {
+      const T* from[kMostLanes];
+      T scale[kMostLanes];
+      double half[kMostLanes];
       for (int64_t l = 0; l < lanes; ++l) {
         const int64_t k = p * lanes + l;
-        const bool there = k < s.count && usable_[k];
-        T* to = pack + p * lanes * dim + l;
-        const T* from = codes + k * dim;
-        const double length = there && s.cosine ? std::sqrt(dot(from, from, dim)) : 1.0;
-        const T scale = T(length > 0 ? 1 / length : 1);
-        for (int64_t d = 0; d < dim; ++d) moved[d] = there ? (from[d] - center_[d]) * scale : T(0);
-        for (int64_t d = 0; d < dim; ++d) to[d * lanes] = moved[d];
-        const double half = s.cosine ? 0.0 : dot(moved.data(), moved.data(), dim) / 2;
-        bias[p * lanes + l] = there ? T(half) : std::numeric_limits<T>::infinity();
+        from[l] = k < s.count && usable_[k] ? codes + k * dim : nullptr;
+        const double length = from[l] && s.cosine ? std::sqrt(level.dot(from[l], from[l], dim)) : 1.0;
+        scale[l] = T(length > 0 ? 1 / length : 1);
       }
+      level.pack(from, scale, center_.data(), dim, pack + p * lanes * dim, half);
+      for (int64_t l = 0; l < lanes; ++l)
+        bias[p * lanes + l] = !from[l] ? std::numeric_limits<T>::infinity() : s.cosine ? T(0) : T(half[l]);
     });
   }
 
@@ -83,8 +72,8 @@ template <class T> class Codes {
     for (int64_t k = 0; k < s_.count; ++k) {
       if (!usable_[k]) continue;
       const T* c = codes_ + k * s_.dim;
-      const double length = std::max(std::sqrt(dot(c, c, s_.dim)), 1e-300);
-      const double score = s_.cosine ? -dot(x, c, s_.dim) / length : apart(x, c, s_.dim);
+      const double length = std::max(std::sqrt(level_.dot(c, c, s_.dim)), 1e-300);
+      const double score = s_.cosine ? -level_.dot(x, c, s_.dim) / length : level_.apart(x, c, s_.dim);
       if (score < least || found < 0) least = score, found = k;
     }
     return found;
@@ -92,6 +81,7 @@ template <class T> class Codes {
 
  private:
   const Search<T>& s_;
+  const Level<T>& level_;
   const T* codes_;
   std::vector<uint8_t> usable_;
   Block pack_, bias_;
@@ -99,12 +89,18 @@ template <class T> class Codes {
   int64_t panels_ = 0, any_ = 0;
 };
 
-template <class T> T measured(const Search<T>& s, const T* x, const T* code) {
-  if (s.cosine && !s.total) {
-    const double lengths = std::sqrt(dot(x, x, s.dim)) * std::sqrt(dot(code, code, s.dim));
-    return T(lengths > 0 ? dot(x, code, s.dim) / lengths : 0);
-  }
-  return T(apart(x, code, s.dim));
+template <class T> T measured(const Search<T>& s, const Level<T>& level, const T* x, const T* code) {
+  if (!s.cosine || s.total) return T(level.apart(x, code, s.dim));
+  const double lengths = std::sqrt(level.dot(x, x, s.dim)) * std::sqrt(level.dot(code, code, s.dim));
+  return T(lengths > 0 ? level.dot(x, code, s.dim) / lengths : 0);
+}
+
+// In the order of rows, four at a time.
+template <class T> double total_of(const Search<T>& s) {
+  const int64_t rows = s.n * s.heads;
+  double parts[4] = {};
+  for (int64_t i = 0; i < rows; ++i) parts[i % 4] += s.indices[i] < 0 ? 0.0 : double(s.distance[i]);
+  return (parts[0] + parts[2]) + (parts[1] + parts[3]);
 }
 
 }  // namespace
@@ -116,7 +112,7 @@ template <class T> void nearest(const Search<T>& s) {
   const int threads = work < 1 << 20 ? 1 : int(std::min<int64_t>(s.threads, blocks));
   for (int64_t h = 0; h < s.heads; ++h) {
     const T* codes = s.codes + h * s.count * dim;
-    const Codes<T> head(s, codes, level.lanes, s.threads);
+    const Codes<T> head(s, level, codes);
     const Packed<T> packed = head.packed();
     for_each(blocks, threads, [&](int64_t block) {
       const int64_t begin = block * kBlock, rows = std::min(kBlock, s.n - begin);
@@ -127,7 +123,7 @@ template <class T> void nearest(const Search<T>& s) {
       bool good[kBlock];
       for (int64_t r = 0; r < rows; ++r) {
         const T* x = s.x + ((begin + r) * s.heads + h) * dim;
-        good[r] = head.any() && (!s.mask || s.mask[begin + r]) && finite(x, dim);
+        good[r] = head.any() && (!s.mask || s.mask[begin + r]) && level.finite(x, dim);
         for (int64_t d = 0; d < dim; ++d) moved[r * dim + d] = good[r] ? x[d] - packed.center[d] : T(0);
       }
       level.best(packed, moved.data(), int(padded), score, index);
@@ -136,7 +132,7 @@ template <class T> void nearest(const Search<T>& s) {
         const T* x = s.x + at * dim;
         if (good[r] && !(index[r] >= 0 && std::abs(score[r]) < std::numeric_limits<T>::infinity())) index[r] = head.slowly(x);
         s.indices[at] = good[r] ? index[r] : -1;
-        s.distance[at] = good[r] ? measured(s, x, codes + index[r] * dim) : std::numeric_limits<T>::quiet_NaN();
+        s.distance[at] = good[r] ? measured(s, level, x, codes + index[r] * dim) : std::numeric_limits<T>::quiet_NaN();
         if (!s.quantized) continue;
         if (good[r])
           std::copy_n(codes + index[r] * dim, dim, s.quantized + at * dim);
@@ -145,7 +141,7 @@ template <class T> void nearest(const Search<T>& s) {
       }
     });
   }
-  if (s.total) *s.total = sum_of<double>(s.n * s.heads, [&](int64_t i) { return s.indices[i] < 0 ? 0.0 : double(s.distance[i]); });
+  if (s.total) *s.total = total_of(s);
 }
 
 template void nearest(const Search<float>&);

@@ -3,9 +3,9 @@
 #include <cmath>
 
 #include "codebook.hpp"
+#include "cpu.hpp"
 #include "segments.hpp"
 #include "status.hpp"
-#include "sums.hpp"
 
 namespace pyseq::codebook {
 
@@ -21,7 +21,7 @@ template <class T> int statistics(const Statistics<T>& s) {
   const Segments segments = sorted_by_key(rows, s.heads * s.count, [&](int64_t i) {
     const int64_t k = s.indices[i];
     sound = sound && k >= -1 && k < s.count;
-    return k < 0 || k >= s.count ? -1 : i % s.heads * s.count + k;
+    return k < 0 || k >= s.count ? -1 : (s.heads == 1 ? 0 : i % s.heads) * s.count + k;
   });
   for (int64_t k = 0; k < s.heads * s.count; ++k) s.counts[k] = segments.begin[k + 1] - segments.begin[k];
   if (s.sums) sum_segments(segments, s.x, s.dim, s.sums, rows * s.dim < kAlone ? 1 : s.threads);
@@ -31,6 +31,7 @@ template <class T> int statistics(const Statistics<T>& s) {
 template <class T> void gradient(const Pull<T>& p) {
   const int64_t rows = p.n * p.heads, dim = p.dim;
   const T scale = *p.scale;
+  const auto dot = level_of<T>(cpu_level(p.level)).dot;
   for_each((rows + kBlock - 1) / kBlock, rows * dim < kAlone ? 1 : p.threads, [&](int64_t block) {
     const int64_t last = std::min((block + 1) * kBlock, rows);
     for (int64_t i = block * kBlock; i < last; ++i) {
@@ -40,7 +41,7 @@ template <class T> void gradient(const Pull<T>& p) {
         std::fill_n(out, dim, T(0));
         continue;
       }
-      const T *x = p.x + i * dim, *c = p.codes + (i % p.heads * p.count + k) * dim;
+      const T *x = p.x + i * dim, *c = p.codes + ((p.heads == 1 ? 0 : i % p.heads) * p.count + k) * dim;
       if (!p.upstream) {
         for (int64_t d = 0; d < dim; ++d) out[d] = scale * (x[d] - c[d]);
         continue;

@@ -24,5 +24,5 @@ def statistics(chosen: Chosen, counts: Tensor, sums: Tensor | None) -> int:
 
 
 def gradient(pull: Pull, rotation: bool, gradient: Tensor) -> int:
-    status: int = _C.codebook.gradient(*pull, rotation, gradient, torch.get_num_threads())
+    status: int = _C.codebook.gradient(*pull, rotation, gradient, torch.get_num_threads(), _cpu.LEVEL)
     return status

@@ -12,7 +12,7 @@ from pyseq.ops._backend import Backends, Name, settings
 from pyseq.ops._check import wide
 from pyseq.ops._library import Raw, needs_grad
 from pyseq.reference import codebook as reference
-from pyseq.reference.codebook import terms, unit
+from pyseq.reference.codebook import length_of, terms, unit
 
 ORDER: dict[str, tuple[Name, ...]] = {"cpu": ("cpp", "numba"), "cuda": ("triton",)}
 SEARCH = Backends("codebook", Search, ORDER)
@@ -182,7 +182,7 @@ def _quantize_gradient(
 
 def _through_unit(x: Tensor, direction: Tensor, upstream: Tensor) -> Tensor:
     """Gradient of x where that of x / |x| is upstream."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    length = length_of(x)
     across = upstream - direction * (direction * upstream).sum(-1, keepdim=True)
     return torch.where(length == 0, 0.0, across / torch.where(length == 0, 1.0, length))
 

@@ -55,9 +55,14 @@ def code_statistics(x: Tensor, indices: Tensor, count: int) -> tuple[Tensor, Ten
     return counts[:-1].view(heads, count), sums[:-1].view(heads, count, x.size(2))
 
 
+def length_of(x: Tensor) -> Tensor:
+    """(..., 1), added up in float64: squares leave float32 soon. x: (..., D)."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64).to(x.dtype)
+
+
 def unit(x: Tensor) -> Tensor:
     """Divided by their lengths; zero where that is 0, with no gradient. x: (..., D)."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    length = length_of(x)
     return torch.where(length == 0, 0.0, x / torch.where(length == 0, 1.0, length))
 
 
@@ -66,7 +71,7 @@ def rotated(x: Tensor, code: Tensor) -> Tensor:
     x, code: (..., D). The code added to nothing, with the gradient of x, where one is zero or they are opposite."""
     with torch.no_grad():
         e, q = unit(x), unit(code)
-        ratio = torch.linalg.vector_norm(code, dim=-1, keepdim=True) / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        ratio = length_of(code) / length_of(x)
         both = e + q
         square = 2 + 2 * (e * q).sum(-1, keepdim=True)
         turns = (square > PARALLEL) & (ratio > 0) & ratio.isfinite()
