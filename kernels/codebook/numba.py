@@ -184,7 +184,8 @@ def statistics(chosen: Chosen, counts: Tensor, sums: Tensor | None) -> int:
     counts.numpy()[:] = np.diff(begin).reshape(heads, count)
     if sums is not None:
         dim = chosen.x.size(2)
-        sum_segments(order, begin, chosen.x.numpy().reshape(-1, dim), CHUNK, sums.numpy().reshape(-1, dim))
+        rows = chosen.x.numpy().reshape(len(keys), dim)
+        sum_segments(order, begin, rows, CHUNK, sums.numpy().reshape(heads * count, dim))
     return OK if sound else BAD_INDEX
 
 

@@ -274,8 +274,8 @@ def gradient(pull: Pull, rotation: bool, gradient: Tensor) -> int:
     x, codes, indices, scale, upstream = pull
     n, heads, dim = x.shape
     if x.numel():
-        elements = min(triton.next_power_of_2(dim), 64)
-        rows = 16 if INTERPRET else 32
+        elements = min(triton.next_power_of_2(dim), 32)
+        rows = 16 if INTERPRET or rotation else 32  # its sums of float64 take registers
         pull_kernel[(triton.cdiv(n * heads, rows),)](
             x, codes, indices, scale, upstream, gradient, n * heads, heads, codes.size(1), dim,
             rotation and upstream is not None, PARALLEL, rows, elements

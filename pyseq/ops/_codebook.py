@@ -167,16 +167,19 @@ def _quantize_gradient(
     scale = (options.gamma * weight).to(given.codebook.dtype).view(1)
     pull = Pull(given.x, given.codebook, indices, scale, up)
     of_x = _pull(pull, PullOptions(options.rotation, options.backend))
-    of_codes = None
-    if up_loss is not None and options.beta and search.codebook.requires_grad:
-        if not options.sums:
-            given_options = StatisticsOptions(counts.size(1), False, options.backend)
-            _, sums = _statistics(Chosen(given.x, indices), given_options)
-        apart = counts.unsqueeze(2) * given.codebook - sums
-        of_codes = (options.beta * weight).to(apart.dtype) * torch.where(counts.unsqueeze(2) > 0, apart, 0.0)
     if options.cosine:
         of_x = torch.where((indices >= 0).unsqueeze(2), _through_unit(search.x.to(of_x.dtype), given.x, of_x), 0.0)
-        of_codes = of_codes if of_codes is None else _through_unit(search.codebook, given.codebook, of_codes)
+    of_codes = None
+    if up_loss is not None and search.codebook.requires_grad:
+        of_codes = torch.zeros_like(given.codebook)
+        if options.beta:
+            if not options.sums:
+                _, sums = _statistics(
+                    Chosen(given.x, indices), StatisticsOptions(counts.size(1), False, options.backend)
+                )
+            apart = (options.beta * weight).to(sums.dtype) * (counts.unsqueeze(2) * given.codebook - sums)
+            apart = _through_unit(search.codebook, given.codebook, apart) if options.cosine else apart
+            of_codes = torch.where(counts.unsqueeze(2) > 0, apart, of_codes)  # a code may be no number
     return of_x.to(search.x.dtype), of_codes, None
 
 
@@ -194,8 +197,11 @@ def _differentiable_gradient(
     x, codebook, _ = search
     quantized, loss, *_ = reference.look_up(x.to(wide(x)), codebook, indices, *options[:5])
     pairs = [(out, g.to(out.dtype)) for out, g in ((quantized, up), (loss, up_loss)) if g is not None]
-    outputs, grads = zip(*((out, g) for out, g in pairs if out.requires_grad), strict=True)
+    pairs = [(out, g) for out, g in pairs if out.requires_grad]
     wanted = [t for t in (x, codebook) if t.requires_grad]
+    if not pairs:
+        return None, None, None
+    outputs, grads = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return *(next(found) if t.requires_grad else None for t in (x, codebook)), None
 

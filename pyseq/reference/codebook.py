@@ -57,13 +57,15 @@ def code_statistics(x: Tensor, indices: Tensor, count: int) -> tuple[Tensor, Ten
 
 def length_of(x: Tensor) -> Tensor:
     """(..., 1), added up in float64: squares leave float32 soon. x: (..., D)."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64).to(x.dtype)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
+    return length.to(x.dtype)
 
 
 def unit(x: Tensor) -> Tensor:
-    """Divided by their lengths; zero where that is 0, with no gradient. x: (..., D)."""
-    length = length_of(x)
-    return torch.where(length == 0, 0.0, x / torch.where(length == 0, 1.0, length))
+    """Divided by their lengths; zero where that is 0, with no derivative of any order. x: (..., D)."""
+    nothing = (x == 0).all(-1, keepdim=True)
+    some = torch.where(nothing, 1.0, x)
+    return torch.where(nothing, 0.0, some / length_of(some))
 
 
 def rotated(x: Tensor, code: Tensor) -> Tensor:
