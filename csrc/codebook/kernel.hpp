@@ -90,22 +90,48 @@ template <class T> void add(const T* x, int64_t dim, double* sum) {
   for (int64_t d = 0; d < dim; ++d) sum[d] += double(x[d]);
 }
 
-template <class T> void pack(const T* const* codes, const T* scale, const T* center, int64_t dim, T* panel, double* half) {
-  constexpr int lanes = 2 * Simd<T>::lanes, step = 16;
-  T moved[lanes][step];
-  for (int l = 0; l < lanes; ++l) half[l] = 0;
-  for (int64_t first = 0; first < dim; first += step) {
-    const int here = int(dim - first < step ? dim - first : step);
-    for (int l = 0; l < lanes; ++l) {
-      if (!codes[l]) {
-        for (int d = 0; d < step; ++d) moved[l][d] = 0;
-        continue;
-      }
-      for (int d = 0; d < here; ++d) moved[l][d] = (codes[l][first + d] - center[first + d]) * scale[l];
-      half[l] += dot(moved[l], moved[l], here) / 2;
+// Lanes of two vectors in turn, from lane `first` on.
+template <class T, int first> PYSEQ_INLINE Vec<T> interleaved(Vec<T> a, Vec<T> b) {
+  constexpr int lanes = Simd<T>::lanes;
+  IVec<T> from{};
+  for (int l = 0; l < lanes; ++l) from[l] = l / 2 + first + l % 2 * lanes;
+  return __builtin_shuffle(a, b, from);
+}
+
+template <class T> PYSEQ_INLINE void transpose(Vec<T>* rows) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (int step = 1; step < lanes; step *= 2) {
+    Vec<T> next[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = interleaved<T, 0>(rows[i], rows[i + lanes / 2]);
+      next[2 * i + 1] = interleaved<T, lanes / 2>(rows[i], rows[i + lanes / 2]);
     }
-    for (int d = 0; d < here; ++d)
-      for (int l = 0; l < lanes; ++l) panel[(first + d) * lanes + l] = moved[l][d];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) rows[i] = next[i];
+  }
+}
+
+template <class T> void pack(const T* const* codes, const T* scale, const T* center, int64_t dim, T* panel, double* half) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (int side = 0; side < 2; ++side) {
+    const T* const* from = codes + side * lanes;
+    T* to = panel + side * lanes;
+    double* sum = half + side * lanes;
+    for (int l = 0; l < lanes; ++l) sum[l] = 0;
+    int64_t d = 0;
+    for (; d + lanes <= dim; d += lanes) {
+      Vec<T> rows[lanes];
+      for (int l = 0; l < lanes; ++l)
+        rows[l] = from[l] ? (load<T>(from[l] + d) - load<T>(center + d)) * splat<T>(scale[side * lanes + l]) : Vec<T>{};
+      transpose<T>(rows);
+      for (int i = 0; i < lanes; ++i) store<T>(to + (d + i) * 2 * lanes, rows[i]);
+    }
+    for (; d < dim; ++d)
+      for (int l = 0; l < lanes; ++l) to[d * 2 * lanes + l] = from[l] ? (from[l][d] - center[d]) * scale[side * lanes + l] : T(0);
+    for (d = 0; d < dim; ++d)
+      for (int l = 0; l < lanes; ++l) sum[l] += double(to[d * 2 * lanes + l]) * double(to[d * 2 * lanes + l]);
+    for (int l = 0; l < lanes; ++l) sum[l] /= 2;
   }
 }
 
