@@ -31,27 +31,34 @@ template <class T> void read_chain(Reader& read, const Inputs& chain, ChainArgs<
   args.weights = read.optional<T>(chain.weights, {args.batch});
 }
 
-// `serve` with a number of the emissions' type.
-template <class F> int by_type(handle emissions, F serve) {
+// Runs `kernel`, in the emissions' type, on what all kernels read and what `take` reads, without the interpreter's lock.
+template <class Take, class Kernel>
+int call(const Inputs& chain, bool check, int threads, int level, Take take, Kernel kernel) {
+  const auto typed = [&](auto type) -> int {
+    ChainArgs<decltype(type)> args{};
+    Reader read;
+    read_chain(read, chain, args);
+    args.check = check, args.threads = threads, args.level = level;
+    take(read, args, type);
+    if (!read.fits) return kUnfit;
+    const py::gil_scoped_release release;
+    return kernel(args);
+  };
   Tensor x;
-  if (!view(emissions.ptr(), x)) return kUnfit;
-  return x.type == kDouble ? serve(double{}) : serve(float{});
+  if (!view(chain.emissions.ptr(), x)) return kUnfit;
+  return x.type == kDouble ? typed(double{}) : typed(float{});
 }
 
 int crf(
     handle emissions, handle transitions, handle start, handle end, handle tags, handle mask, handle lengths,
     handle weights, int kind, std::string_view reduction, bool check, handle value, handle grad_emissions,
     handle grad_transitions, handle grad_start, handle grad_end, handle paths, int threads, int level) {
-  return by_type(emissions, [&](auto type) -> int {
+  const auto take = [&](Reader& read, auto& args, auto type) {
     using T = decltype(type);
-    ChainArgs<T> args{};
-    Reader read;
-    read_chain<T>(read, {emissions, transitions, start, end, tags, mask, lengths, weights}, args);
     args.kind = kind;
     read.fits &= kind == kPartition || ((kind == kNll || kind == kScore) && !tags.is_none());
     args.reduction = reduction == "none" ? kNone : reduction == "sum" ? kSum : kMean;
     read.fits &= args.reduction != kMean || reduction == "mean";
-    args.check = check;
     args.value = args.reduction == kNone ? read.array<T>(value, {args.batch}) : read.array<T>(value, {});
     if (!grad_transitions.is_none()) {
       Tensor x{};
@@ -63,31 +70,20 @@ int crf(
       args.grad_end = read.array<T>(grad_end, {args.tags});
     }
     args.paths = read.optional<int32_t>(paths, {args.batch});
-    args.threads = threads;
-    args.level = level;
-    if (!read.fits) return kUnfit;
-    const py::gil_scoped_release release;
-    return chain_crf(args);
-  });
+  };
+  const Inputs chain{emissions, transitions, start, end, tags, mask, lengths, weights};
+  return call(chain, check, threads, level, take, [](const auto& args) { return chain_crf(args); });
 }
 
 int viterbi(
     handle emissions, handle transitions, handle start, handle end, handle tags, handle mask, handle lengths,
     handle weights, bool check, handle scores, handle path, int threads, int level) {
-  return by_type(emissions, [&](auto type) -> int {
-    using T = decltype(type);
-    ChainArgs<T> args{};
-    Reader read;
-    read_chain<T>(read, {emissions, transitions, start, end, tags, mask, lengths, weights}, args);
-    args.check = check;
-    args.value = read.array<T>(scores, {args.batch});
+  const auto take = [&](Reader& read, auto& args, auto type) {
+    args.value = read.array<decltype(type)>(scores, {args.batch});
     args.best_path = read.array<int64_t>(path, {args.batch, args.time});
-    args.threads = threads;
-    args.level = level;
-    if (!read.fits) return kUnfit;
-    const py::gil_scoped_release release;
-    return chain_viterbi(args);
-  });
+  };
+  const Inputs chain{emissions, transitions, start, end, tags, mask, lengths, weights};
+  return call(chain, check, threads, level, take, [](const auto& args) { return chain_viterbi(args); });
 }
 
 }  // namespace

@@ -26,6 +26,25 @@ template <class C> constexpr int kHidden = 0;
 template <> constexpr int kHidden<float> = -110;
 template <> constexpr int kHidden<double> = -970;
 
+template <int N> struct Constant {
+  constexpr operator int() const { return N; }
+};
+// f(size) with a `size` of 1 to N that is known when compiling.
+template <int N, class F> PYSEQ_INLINE void fixed(int64_t size, F f) {
+  if constexpr (N > 0) {
+    if (size == N) return f(Constant<N>{});
+    fixed<N - 1>(size, f);
+  }
+}
+// f(size, begin) for even tiles of `count`, of at most N: a lone one would wait for its own sums.
+template <int N, class F> PYSEQ_INLINE void even_tiles(int64_t count, F f) {
+  const int64_t tiles = (count + N - 1) / N;
+  for (int64_t t = 0, begin = 0, size; t < tiles; ++t, begin += size) {
+    size = (count - begin + tiles - t - 1) / (tiles - t);
+    fixed<N>(size, [&](auto constant) { f(constant, begin); });
+  }
+}
+
 // Sums are taken over kChunk terms, then kSuper / kChunk chunks, then the rest: fewer roundings in a row.
 constexpr int64_t kChunk = 12, kSuper = 96;
 

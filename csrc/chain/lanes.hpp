@@ -111,21 +111,9 @@ static __attribute__((noinline)) void lanes_tile(const Vec<C>* x, const C* matri
   } while (++i < tags);
   for (int v = 0; v < N; ++v) out[v] = sum[v];
 }
-template <class C, int N, bool Best>
-PYSEQ_INLINE void lanes_tile_of(int64_t size, const Vec<C>* x, const C* matrix, int64_t tags, Vec<C>* out) {
-  if constexpr (N > 0) {
-    if (size == N) return lanes_tile<C, N, Best>(x, matrix, tags, out);
-    lanes_tile_of<C, N - 1, Best>(size, x, matrix, tags, out);
-  }
-}
 template <class C, bool Best>
 static void lanes_product(const Vec<C>* x, const C* matrix, int64_t tags, Vec<C>* out) {
-  const int64_t tiles = (tags + kLaneTile - 1) / kLaneTile;
-  for (int64_t t = 0, j = 0; t < tiles; ++t) {
-    const int64_t size = (tags - j + tiles - t - 1) / (tiles - t);
-    lanes_tile_of<C, kLaneTile, Best>(size, x, matrix + j, tags, out + j);
-    j += size;
-  }
+  even_tiles<kLaneTile>(tags, [&](auto size, int64_t j) { lanes_tile<C, size, Best>(x, matrix + j, tags, out + j); });
 }
 
 // counts (tags, N of tags vectors) += a[i] * w[j], summed over `steps` >= 1 steps; lanes apart.
@@ -143,23 +131,10 @@ static __attribute__((noinline)) void lanes_count(
     for (int v = 0; v < N; ++v) counts[v] = sum[v];
   }
 }
-template <class C, int N>
-PYSEQ_INLINE void lanes_count_of(
-    int64_t size, const Vec<C>* a, const Vec<C>* w, int64_t steps, int64_t tags, Vec<C>* counts) {
-  if constexpr (N > 0) {
-    if (size == N) return lanes_count<C, N>(a, w, steps, tags, counts);
-    lanes_count_of<C, N - 1>(size, a, w, steps, tags, counts);
-  }
-}
 template <class C>
 static void lanes_add_counts(const Vec<C>* a, const Vec<C>* w, int64_t steps, int64_t tags, Vec<C>* counts) {
   if (steps == 0) return;
-  const int64_t tiles = (tags + kLaneTile - 1) / kLaneTile;
-  for (int64_t t = 0, j = 0; t < tiles; ++t) {
-    const int64_t size = (tags - j + tiles - t - 1) / (tiles - t);
-    lanes_count_of<C, kLaneTile>(size, a, w + j, steps, tags, counts + j);
-    j += size;
-  }
+  even_tiles<kLaneTile>(tags, [&](auto size, int64_t j) { lanes_count<C, size>(a, w + j, steps, tags, counts + j); });
 }
 
 // The certificates of every lane, as masks and numbers.

@@ -67,44 +67,26 @@ static __attribute__((noinline)) void tile(const C* x, int64_t ldx, const C* pan
     product_tile<C, MR, NR>(x, ldx, panel, tags, out);
 }
 
-template <class C, int NR, bool Best>
-static void tile_rows(int rows, const C* x, int64_t ldx, const C* panel, int64_t tags, C* out) {
-  for (int r = 0; r < rows; r += kTileRows, x += kTileRows * ldx, out += kTileRows * ldx) {
-    switch (rows - r) {
-      case 1: tile<C, 1, NR, Best>(x, ldx, panel, tags, out); break;
-      case 2: tile<C, 2, NR, Best>(x, ldx, panel, tags, out); break;
-      case 3: tile<C, 3, NR, Best>(x, ldx, panel, tags, out); break;
-#if PYSEQ_LEVEL == 4
-      case 4: tile<C, 4, NR, Best>(x, ldx, panel, tags, out); break;
-      case 5: tile<C, 5, NR, Best>(x, ldx, panel, tags, out); break;
-      case 6: tile<C, 6, NR, Best>(x, ldx, panel, tags, out); break;
-      case 7: tile<C, 7, NR, Best>(x, ldx, panel, tags, out); break;
-#endif
-      default: tile<C, kTileRows, NR, Best>(x, ldx, panel, tags, out);
-    }
+// f(vectors, j) for the panels of `padded` columns that begin with column j.
+template <class C, class F> PYSEQ_INLINE void for_panels(int64_t padded, F f) {
+  constexpr int L = Simd<C>::lanes;
+  for (int64_t j = 0; j < padded;) {
+    const int64_t left = (padded - j) / L;
+    const int vectors = left >= kTileVectors ? kTileVectors : PYSEQ_LEVEL == 4 && left == 2 ? 2 : 1;
+    fixed<kTileVectors>(vectors, [&](auto constant) { f(constant, j); });
+    j += vectors * L;
   }
 }
 
 // out (rows x padded) = x (rows x tags) @ matrix in panels, or its max-plus product; both with row stride `padded`.
 template <class C, bool Best>
 static void product(int rows, const C* x, int64_t padded, const C* panels, int64_t tags, C* out) {
-  constexpr int L = Simd<C>::lanes;
-  for (int64_t j = 0; j < padded;) {
-    const int64_t left = (padded - j) / L;
-    const C* panel = panels + j * tags;
-    if (left >= kTileVectors) {
-      tile_rows<C, kTileVectors, Best>(rows, x, padded, panel, tags, out + j);
-      j += kTileVectors * L;
-#if PYSEQ_LEVEL == 4
-    } else if (left == 2) {
-      tile_rows<C, 2, Best>(rows, x, padded, panel, tags, out + j);
-      j += 2 * L;
-#endif
-    } else {
-      tile_rows<C, 1, Best>(rows, x, padded, panel, tags, out + j);
-      j += L;
-    }
-  }
+  for_panels<C>(padded, [&](auto vectors, int64_t j) {
+    for (int r = 0; r < rows; r += kTileRows)
+      fixed<kTileRows>(rows - r < kTileRows ? rows - r : kTileRows, [&](auto here) {
+        tile<C, here, vectors, Best>(x + r * padded, padded, panels + j * tags, tags, out + r * padded + j);
+      });
+  });
 }
 
 // counts[i0 .. i0 + MI)[j0 .. NR vectors) += a^T w over `steps` tape rows.
@@ -128,51 +110,17 @@ static __attribute__((noinline)) void count_tile(const C* a, const C* w, int64_t
       for (int l = 0; l < L; ++l) counts[i * padded + v * L + l] += sum[i][v][l];
 }
 
-template <class C, int NR>
-static void count_rows(int64_t tags, const C* a, const C* w, int64_t steps, int64_t padded, double* counts) {
-  const int64_t tiles = (tags + kTileRows - 1) / kTileRows;
-  for (int64_t t = 0, i = 0; t < tiles; ++t) {
-    const int64_t size = (tags - i + tiles - t - 1) / (tiles - t);  // even tiles: a lone row would wait for its own sums
-    double* to = counts + i * padded;
-    switch (size) {
-      case 1: count_tile<C, 1, NR>(a + i, w, steps, padded, to); break;
-      case 2: count_tile<C, 2, NR>(a + i, w, steps, padded, to); break;
-      case 3: count_tile<C, 3, NR>(a + i, w, steps, padded, to); break;
-      case 4: count_tile<C, 4, NR>(a + i, w, steps, padded, to); break;
-#if PYSEQ_LEVEL == 4
-      case 5: count_tile<C, 5, NR>(a + i, w, steps, padded, to); break;
-      case 6: count_tile<C, 6, NR>(a + i, w, steps, padded, to); break;
-      case 7: count_tile<C, 7, NR>(a + i, w, steps, padded, to); break;
-      case 8: count_tile<C, 8, NR>(a + i, w, steps, padded, to); break;
-#endif
-    }
-    i += size;
-  }
-}
-
 // counts (tags x padded) += a^T w, blocked so that a slice of w stays in the first-level cache.
 template <class C>
 static void add_counts(const C* a, const C* w, int64_t steps, int64_t tags, int64_t padded, double* counts) {
-  constexpr int L = Simd<C>::lanes;
   constexpr int64_t block = 96;
-  for (int64_t c = 0; c < steps; c += block) {
+  for (int64_t c = 0; c < steps; c += block, a += block * padded, w += block * padded) {
     const int64_t size = c + block < steps ? block : steps - c;
-    const C *from = a + c * padded, *to = w + c * padded;
-    for (int64_t j = 0; j < padded;) {
-      const int64_t left = (padded - j) / L;
-      if (left >= kTileVectors) {
-        count_rows<C, kTileVectors>(tags, from, to + j, size, padded, counts + j);
-        j += kTileVectors * L;
-#if PYSEQ_LEVEL == 4
-      } else if (left == 2) {
-        count_rows<C, 2>(tags, from, to + j, size, padded, counts + j);
-        j += 2 * L;
-#endif
-      } else {
-        count_rows<C, 1>(tags, from, to + j, size, padded, counts + j);
-        j += L;
-      }
-    }
+    for_panels<C>(padded, [&](auto vectors, int64_t j) {
+      even_tiles<kTileRows>(tags, [&](auto here, int64_t i) {
+        count_tile<C, here, vectors>(a + i, w + j, size, padded, counts + i * padded + j);
+      });
+    });
   }
 }
 
