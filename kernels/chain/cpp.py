@@ -8,7 +8,6 @@ from pyseq.kernels import _cpu
 from pyseq.kernels.chain import Chain, Gradients
 
 __all__ = ["crf", "viterbi"]
-_NO_GRADIENTS = (None,) * 4
 
 
 def crf(
@@ -22,17 +21,8 @@ def crf(
 ) -> int:
     """paths: 0 the scaled domain in the dtype of the sums, 1 in float64, 2 the log domain; plus 4 where the sequence
     had a vector lane to itself."""
-    status: int = _C.chain.crf(
-        *chain,
-        kind,
-        reduction,
-        check,
-        value,
-        *(_NO_GRADIENTS if grads is None else grads),
-        paths,
-        torch.get_num_threads(),
-        _cpu.LEVEL,
-    )
+    outputs = value, *(grads or (None,) * 4), paths
+    status: int = _C.chain.crf(*chain, kind, reduction, check, *outputs, torch.get_num_threads(), _cpu.LEVEL)
     return status
 
 

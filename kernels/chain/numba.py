@@ -400,25 +400,8 @@ def _log_backward(f, transitions, end, steps, n, num_tags, on, alpha, weight, g_
 
 
 @njit(**JIT)
-def _crf(
-    emissions,
-    transitions,
-    start,
-    end,
-    tags,
-    mask,
-    lengths,
-    weights,
-    kind,
-    check,
-    with_grad,
-    paths,
-    value,
-    g_em,
-    g_tr,
-    g_start,
-    g_end,
-):
+def _crf(emissions, transitions, start, end, tags, mask, lengths, weights, kind, check, with_grad, paths, value, grads):
+    g_em, g_tr, g_start, g_end = grads
     batch, time, num_tags = emissions.shape
     padded = (num_tags + _LANES - 1) // _LANES * _LANES
     steps = np.empty(time + 1, np.int64)
@@ -518,8 +501,8 @@ def _crf(
                 on = _crossed(f, transitions, start, end, steps, n, num_tags)
                 log_z = _log_forward(f, transitions, start, end, steps, n, num_tags, on, a)
                 if with_grad and log_z != -_INF:
-                    grads = g_em[b], pairs, sum_start, sum_end
-                    _log_backward(f, transitions, end, steps, n, num_tags, on, a, weight, *grads)
+                    sums = g_em[b], pairs, sum_start, sum_end
+                    _log_backward(f, transitions, end, steps, n, num_tags, on, a, weight, *sums)
             else:
                 log_z = np.nan
                 if with_grad:
@@ -554,26 +537,21 @@ def _viterbi(emissions, transitions, start, end, mask, lengths, check, scores, p
             usable &= into[i, j] < _INF
     for b in range(batch):
         n = _steps(b, time, mask, lengths, steps)
-        if n < 0:
-            if check:
-                return BAD_LENGTH
-            path[b] = -1
-            scores[b] = np.nan
-            continue
+        if n < 0 and check:
+            return BAD_LENGTH
         path[b] = -1
-        scores[b] = 0.0
-        if n == 0:
+        scores[b] = 0.0 if n == 0 else np.nan
+        if n <= 0:
             continue
         f = emissions[b]
         poisoned = n > 1 and not usable
         for k in range(n):
             row = f[steps[k]]
+            delta[k, :] = -_INF
             if k == 0:
-                delta[k, :] = -_INF
                 for j in range(num_tags):
                     delta[k, j] = np.float64(start[j])
             else:
-                delta[k, :] = -_INF
                 alone = num_tags % 4
                 for i in range(alone):
                     best = delta[k - 1, i]
@@ -639,29 +617,17 @@ def crf(
     chain: Chain, kind: int, check: bool, value: Tensor, grads: Gradients | None, paths: Tensor | None = None
 ) -> int:
     """paths: 0 the scaled domain, 1 the log domain; both in float64."""
-    batch = len(chain.emissions)
-    emissions, transitions, start, end, mask, lengths = _arrays(chain)
-    none = np.empty((0, 0), transitions.dtype)
+    batch, dtype = len(chain.emissions), chain.transitions.numpy().dtype
     if grads is None:
-        out = [np.empty((0, 0, 0), transitions.dtype), none, none.reshape(0), none.reshape(0)]
+        out = tuple(np.empty((0,) * rank, dtype) for rank in (3, 2, 1, 1))
     else:
-        out = [(g if g.is_contiguous() else g.new_empty(g.shape)).numpy() for g in grads]
-    status: int = _crf(
-        emissions,
-        transitions,
-        start,
-        end,
-        _NO_ROWS[np.int64] if chain.tags is None else chain.tags.numpy(),
-        mask,
-        lengths,
-        np.ones(batch, transitions.dtype) if chain.weights is None else chain.weights.numpy(),
-        kind,
-        check,
-        grads is not None,
-        np.zeros(batch, np.int32) if paths is None else paths.numpy(),
-        value.numpy(),
-        *out,
-    )
+        out = tuple((g if g.is_contiguous() else g.new_empty(g.shape)).numpy() for g in grads)
+    tags = _NO_ROWS[np.int64] if chain.tags is None else chain.tags.numpy()
+    weights = np.ones(batch, dtype) if chain.weights is None else chain.weights.numpy()
+    served = np.zeros(batch, np.int32) if paths is None else paths.numpy()
+    options = kind, check, grads is not None
+    *scores, mask, lengths = _arrays(chain)
+    status: int = _crf(*scores, tags, mask, lengths, weights, *options, served, value.numpy(), out)
     if grads is not None and not grads.emissions.is_contiguous():
         grads.emissions.copy_(grads.emissions.new_tensor(out[0]))
     return status

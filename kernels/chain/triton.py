@@ -106,22 +106,8 @@ def crf(
     row = _scratch(emissions, batch, c.KP, dtype=torch.float64)
     steps = None if mask is None else _scratch(emissions, batch, time, dtype=torch.int32)
     paths = _scratch(emissions, batch, dtype=torch.int32) if paths is None else paths
-    common = (
-        emissions,
-        emissions.stride(0),
-        emissions.stride(1),
-        transitions,
-        start,
-        end,
-        tags,
-        shift,
-        row,
-        steps,
-        tape,
-        count,
-        paths,
-        time,
-    )
+    given = (emissions, *emissions.stride()[:2], transitions, start, end)
+    common = (*given, tags, shift, row, steps, tape, count, paths, time)
     sizes = {"K": num_tags, "KP": c.KP, "KIND": kind}
     blocks = {"BI": c.BI, "BL": c.BL, "KEEP": c.KEEP, "CHUNK": SCAN, "num_warps": c.num_warps}
     blocks |= registers(c.num_warps) if c.num_warps <= 8 or dtype == torch.float64 else {}
@@ -139,7 +125,7 @@ def crf(
             return OK
         ends = _scratch(emissions, batch, 2, num_tags, dtype=dtype)
         grad = grads.emissions.zero_()
-        out = (weights, turned, right, low, grad, grad.stride(0), grad.stride(1), ends)
+        out = (weights, turned, right, low, grad, *grad.stride()[:2], ends)
         crf_bwd_kernel[(batch,)](*common, *out, **sizes, **blocks, **OPTIONS)
         tiles = triton.cdiv(c.KP, c.tile) ** 2
         slots = max(min(batch * triton.cdiv(time, CHUNK), PARTS // tiles), 1)
@@ -164,7 +150,7 @@ def viterbi(chain: Chain, check: bool, scores: Tensor, path: Tensor) -> int:
     row = _scratch(emissions, batch, c.KP, dtype=torch.float64)
     steps = None if mask is None else _scratch(emissions, batch, time, dtype=torch.int32)
     back = _scratch(emissions, batch, time, num_tags, dtype=torch.uint8 if num_tags <= 256 else torch.int16)
-    given = (emissions, emissions.stride(0), emissions.stride(1), transitions, start, end, mask, lengths)
+    given = (emissions, *emissions.stride()[:2], transitions, start, end, mask, lengths)
     blocks = {"K": num_tags, "KP": c.KP, "BI": c.BW, "CHUNK": SCAN, "num_warps": c.num_warps}
     with _launching(emissions):
         viterbi_fwd_kernel[(batch,)](*given, row, steps, back, scores, path, time, **blocks, **OPTIONS)

@@ -42,9 +42,9 @@ def marginals(chain: Chain, backend: str) -> Tensor:
     """(B, T, K)."""
     direct, check, backend = BACKENDS.way(backend, chain)
     options = ValueOptions(PARTITION, "none", check, backend)
-    return (
-        by_reference.marginals(chain, options) if backend == "reference" else _value_and_grad(chain, options, direct)[1]
-    )  # type: ignore[no-any-return]
+    if backend == "reference":
+        return by_reference.marginals(chain, options)
+    return _value_and_grad(chain, options, direct)[1]  # type: ignore[no-any-return]
 
 
 def best_path(chain: Chain, backend: str) -> tuple[Tensor, Tensor]:

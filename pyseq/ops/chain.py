@@ -54,7 +54,7 @@ def crf_log_partition(
     >>> ops.crf_log_partition(torch.zeros(1, 2, 3), torch.zeros(3, 3)).exp()  # nine paths of score 0
     tensor([9.])
     """
-    chain = _arguments(emissions, transitions, start, end, None, mask, lengths)
+    chain = _checked(Chain(emissions, transitions, start, end, None, mask, lengths))
     return _chain.value(chain, PARTITION, "none", backend)
 
 
@@ -87,7 +87,7 @@ def crf_score(
     >>> ops.crf_score(torch.ones(1, 2, 3), torch.eye(3), torch.tensor([[2, 2]]))  # 1 + 1, and 1 from tag 2 to tag 2
     tensor([3.])
     """
-    chain = _arguments(emissions, transitions, start, end, tags, mask, lengths, tagged=True)
+    chain = _checked(Chain(emissions, transitions, start, end, tags, mask, lengths), _TAGGED)
     return _chain.value(chain, SCORE, "none", backend)
 
 
@@ -128,7 +128,7 @@ def crf_nll(
     """
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
-    chain = _arguments(emissions, transitions, start, end, tags, mask, lengths, tagged=True)
+    chain = _checked(Chain(emissions, transitions, start, end, tags, mask, lengths), _TAGGED)
     return _chain.value(chain, NLL, reduction, backend)
 
 
@@ -160,7 +160,7 @@ def crf_marginals(
     >>> ops.crf_marginals(torch.zeros(1, 1, 2), torch.zeros(2, 2))
     tensor([[[0.5000, 0.5000]]])
     """
-    chain = _arguments(emissions, transitions, start, end, None, mask, lengths)
+    chain = _checked(Chain(emissions, transitions, start, end, None, mask, lengths))
     return _chain.marginals(chain, backend)
 
 
@@ -192,23 +192,13 @@ def viterbi(
     >>> ops.viterbi(torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]), torch.zeros(2, 2))
     (tensor([3.]), tensor([[0, 1]]))
     """
-    chain = _arguments(emissions, transitions, start, end, None, mask, lengths)
+    chain = _checked(Chain(emissions, transitions, start, end, None, mask, lengths))
     with torch.no_grad():
         return _chain.best_path(chain, backend)
 
 
-def _arguments(
-    emissions: Tensor,
-    transitions: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    tags: Tensor | None,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    tagged: bool = False,
-) -> Chain:
-    """Checked arguments; parameters widened to the dtype of the sums, integers to int64."""
-    if mask is not None and lengths is not None:
+def _checked(chain: Chain, signature: _check.Signature = _UNTAGGED) -> Chain:
+    """Parameters widened to the dtype of the sums, integers to int64."""
+    if chain.mask is not None and chain.lengths is not None:
         raise ValueError("mask and lengths say the same thing: give one of them, not both")
-    chain = Chain(emissions, transitions, start, end, tags, mask, lengths)
-    return (_TAGGED if tagged else _UNTAGGED)(chain)
+    return signature(chain)
