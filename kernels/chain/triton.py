@@ -17,8 +17,13 @@ from torch import Tensor
 
 from pyseq.kernels import OK
 from pyseq.kernels.chain import SCORE, Chain, Gradients, reduces
-from pyseq.kernels.chain._triton_backward import crf_bwd_kernel, crf_counts_kernel
-from pyseq.kernels.chain._triton_forward import chain_edges_kernel, crf_fwd_kernel, viterbi_fwd_kernel
+from pyseq.kernels.chain._triton_kernels import (
+    chain_edges_kernel,
+    crf_bwd_kernel,
+    crf_counts_kernel,
+    crf_fwd_kernel,
+    viterbi_fwd_kernel,
+)
 
 __all__ = ["crf", "viterbi"]
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
