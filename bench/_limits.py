@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import gc
 import importlib
-import importlib.metadata
 import itertools
 import os
 import platform
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from pyseq.info import cpu_name
+from pyseq.info import cpu_name, version
 
 STATUS = Path("/proc/self/status")
 
@@ -144,12 +143,6 @@ def caps(seconds: float, memory: int, device: str) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-
-
-def version(package: str) -> str:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
-        return importlib.metadata.version(package)
-    return ""
 
 
 def machine(device: str) -> dict[str, str]:

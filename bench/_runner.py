@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from _limits import caps, copy_bandwidth, fma_peak, limit_source, machine, peak_memory, synchronize, time_block, version
+from _limits import caps, copy_bandwidth, fma_peak, limit_source, machine, peak_memory, synchronize, time_block
 from _rows import Row, over
 from torch import Tensor
 
 import pyseq
+from pyseq.info import version
 from pyseq.ops._backend import BACKENDS, Name, settings
 from pyseq.testing import cpu_level
 

@@ -16,11 +16,11 @@ from pyseq.ops._backend import explain, rooms
 _LEVELS = {4: "AVX-512", 3: "AVX2 with FMA", 2: "the platform's baseline"}
 
 
-def _version(package: str) -> str:
-    try:
+def version(package: str) -> str:
+    """Of a distribution; nothing where it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return ""
 
 
 def cpu_name() -> str:
@@ -44,7 +44,7 @@ def _level() -> str:
 def report() -> str:
     """The whole report as text."""
     lines = [f"pyseq {__version__}, Python {sys.version.split()[0]}, {platform.system()} {platform.machine()}"]
-    lines += [", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numba", "numpy"))]
+    lines += [", ".join(f"{name} {version(name) or 'not installed'}" for name in ("torch", "triton", "numba", "numpy"))]
     lines += [f"cpu   {cpu_name()}, {torch.get_num_threads()} threads, {_level()}"]
     devices = ["cpu"]
     for index in range(torch.cuda.device_count()):

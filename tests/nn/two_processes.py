@@ -1,6 +1,6 @@
 """FSDP2 and DistributedDataParallel over two gloo processes, against one process with the joined batch.
 
-Run by test_crf_hooks.py: `python two_processes.py STORE`, where STORE is a file that does not exist yet.
+Run by test_crf.py: `python two_processes.py STORE`, where STORE is a file that does not exist yet.
 """
 
 import os

@@ -3,8 +3,6 @@
 import importlib
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from pyseq import ops
 from pyseq.kernels.chain import NLL, PARTITION, SCORE, Gradients
-from pyseq.testing import Guarded
+from pyseq.testing import Guarded, script
 from pyseq.testing.chain import NEG_INF, Chain, Known, chain, recorded_paths
 
 triton = pytest.importorskip("triton")
@@ -26,7 +24,6 @@ kernels: Any = importlib.import_module("pyseq.kernels.chain.triton")
 _triton: Any = importlib.import_module("pyseq.kernels.chain._triton")
 
 FAST, WIDE, LOG = kernels.FAST, kernels.WIDE, kernels.LOG
-ROOT = Path(__file__).parents[2]
 
 
 def check(problem: Chain, kind: int = NLL) -> list[int]:
@@ -147,18 +144,13 @@ def test_split_is_exp(dtype: torch.dtype) -> None:
     )
 
 
-def without_interpreter(*command: str) -> "subprocess.CompletedProcess[str]":
-    """Triton's decorator reads TRITON_INTERPRET when a module is imported, hence another process."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
+# Triton's decorator reads TRITON_INTERPRET when a module is imported, hence another process
+AOT = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); import aot"
 
 
 def test_binaries() -> None:
-    done = without_interpreter("tests/aot.py", "chain", "--quick", "--targets", "sm_90")
-    assert done.returncode == 0, done.stderr
-    rows = [dict(word.split("=") for word in line.split()[1:]) for line in done.stdout.splitlines()]
+    out = script(f"{AOT}; aot.main(['chain', '--quick', '--targets', 'sm_90'])")
+    rows = [dict(word.split("=") for word in line.split()[1:]) for line in out.splitlines()]
     kernels = ("chain_edges", "crf_fwd", "crf_bwd", "crf_counts", "viterbi_fwd")
     assert [(row["kernel"], row["K"], row["dtype"]) for row in rows] == [
         (f"{kernel}_kernel", *case) for case in (("9", "bfloat16"), ("128", "float32")) for kernel in kernels
@@ -166,9 +158,10 @@ def test_binaries() -> None:
 
 
 def test_spills_and_recompilation_are_found() -> None:
-    code = """
-import sys; sys.path.insert(0, "tests")
-import aot, torch
+    script(
+        AOT
+        + """
+import torch
 from pyseq.kernels.chain import NLL, triton as kernels
 from pyseq.testing.aot import record, recompiled_by
 from pyseq.testing.chain import triton_call
@@ -188,5 +181,4 @@ for tags in (9, 128):
 forward = [record(kernels, triton_call(NLL, torch.float32, tags))[1] for tags in (9, 10)]
 assert recompiled_by(*forward) == ["K"]
 """
-    done = without_interpreter("-c", code)
-    assert done.returncode == 0, done.stderr
+    )
