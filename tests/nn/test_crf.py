@@ -375,39 +375,33 @@ def test_wrong_arguments_of_parameter_groups() -> None:
             crf_parameter_groups(CRF(2), **rates)
 
 
-def example(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(4, 5, generator=generator) < 0.8
-    return torch.randn(4, 5, 3, generator=generator), torch.randint(3, (4, 5), generator=generator), mask
-
-
 def call(crf: CRF, method: str) -> Any:
-    emissions, tags, mask = example()
+    (emissions, tags), mask = batch(ANY_MASK), ANY_MASK
     return crf.nll(emissions, tags, mask) if method == "nll" else getattr(crf, method)(emissions, mask)
 
 
 @pytest.mark.parametrize("method", ["nll", "decode", "viterbi", "marginals"])
 def test_hooks_see_every_method_once(method: str) -> None:
     """Also of a subclass; they may change what comes out. `compute` is the method."""
-    (emissions, tags, mask), seen = example(), []
-    crf = type("Head", (CRF,), {})(3, batch_first=True)
+    (emissions, tags), mask, seen = batch(ANY_MASK), ANY_MASK, []
+    crf = type("Head", (CRF,), {})(K, batch_first=True)
     wanted = call(crf, method)
     given: tuple[Any, ...] = (emissions, tags, mask, "mean") if method == "nll" else (emissions, None, mask)
     assert str(crf(*given, compute=method)) == str(wanted)
     crf.register_forward_pre_hook(lambda module, args: seen.append(("before", args[0].shape)))
     crf.register_forward_hook(lambda module, args, output: seen.append(("after", type(output))))
     assert str(call(crf, method)) == str(wanted)
-    assert seen == [("before", (4, 5, 3)), ("after", type(wanted))]
+    assert seen == [("before", (5, 4, K)), ("after", type(wanted))]
     crf.register_forward_hook(lambda module, args, output: "changed")
     assert call(crf, method) == "changed"
 
 
 def test_compute_and_tags_must_fit() -> None:
-    emissions, tags, mask = example()
+    (emissions, tags), mask = batch(ANY_MASK), ANY_MASK
     with pytest.raises(ValueError, match=r"compute must be .log_likelihood., .nll., .* got .loss."):
-        CRF(3, batch_first=True)(emissions, tags, compute="loss")
+        CRF(K, batch_first=True)(emissions, tags, compute="loss")
     with pytest.raises(TypeError, match="compute='viterbi' takes no tags; give None for them, then the mask"):
-        CRF(3, batch_first=True)(emissions, mask, compute="viterbi")
+        CRF(K, batch_first=True)(emissions, mask, compute="viterbi")
 
 
 CHANGES: dict[str, Callable[[CRF], Any]] = {
@@ -426,11 +420,11 @@ def test_training_through_nll_is_training_through_forward(change: str) -> None:
     crfs = []
     for _ in range(2):  # some copies are no leaves
         torch.manual_seed(0)
-        crfs.append(CRF(3, batch_first=True))
+        crfs.append(CRF(K, batch_first=True))
         CHANGES[change](crfs[-1])
     first, second = crfs
-    assert first.state_dict().keys() != CRF(3).state_dict().keys()
-    emissions, tags, mask = example()
+    assert first.state_dict().keys() != CRF(K).state_dict().keys()
+    (emissions, tags), mask = batch(ANY_MASK), ANY_MASK
     for _ in range(3):
         for crf, loss in ((first, first.nll), (second, lambda *args, **kw: -second(*args, **kw))):
             crf.zero_grad()
@@ -439,7 +433,7 @@ def test_training_through_nll_is_training_through_forward(change: str) -> None:
     for x, y in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(x, y)
     assert all(x.grad is not None and x.grad.abs().max() > 0 for x in first.parameters())
-    encoder = nn.Linear(4, 3)
+    encoder = nn.Linear(4, K)
     rest, heads = crf_parameter_groups(nn.Sequential(encoder, first), lr=1e-5)
     assert {id(x) for x in heads["params"]} == {id(x) for x in first.parameters()}
     assert {id(x) for x in rest["params"]} == {id(x) for x in encoder.parameters()}
@@ -456,8 +450,8 @@ def test_training_through_nll_is_training_through_forward(change: str) -> None:
 )
 def test_what_turns_a_trained_minus_infinity_into_nan(optimizer: str, decay: float, spoils: bool) -> None:
     """What the docstring warns of, of averages too; Adam without decay and AdamW keep it."""
-    emissions, tags, mask = example()
-    crf = CRF(3, batch_first=True)
+    (emissions, tags), mask = batch(ANY_MASK), ANY_MASK
+    crf = CRF(K, batch_first=True)
     nn.init.constant_(crf.transitions[0, 1], -torch.inf)
     chosen = getattr(torch.optim, optimizer)(crf.parameters(), lr=0.1, weight_decay=decay)
     for _ in range(2):
@@ -488,8 +482,8 @@ def test_a_subclass_with_a_forward_of_its_own() -> None:
         def forward(self, emissions: Tensor, tags: Tensor) -> Tensor:  # type: ignore[override]
             return self.nll(emissions, tags) - super().forward(emissions, tags, reduction="mean")  # type: ignore[operator]
 
-    emissions, tags, mask = example()
-    plain, crf = CRF(3, batch_first=True), Twice(3, batch_first=True)
+    (emissions, tags), mask = batch(ANY_MASK), ANY_MASK
+    plain, crf = CRF(K, batch_first=True), Twice(K, batch_first=True)
     crf.load_state_dict(plain.state_dict())
     assert torch.equal(crf(emissions, tags), 2 * plain.nll(emissions, tags))
     assert crf.decode(emissions, mask) == plain.decode(emissions, mask)
