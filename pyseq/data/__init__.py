@@ -13,15 +13,6 @@ from pyseq.data.people_daily import split_text as split_text
 from pyseq.data.people_daily import word_spans as word_spans
 
 __all__ = [
-    "ENTITY_TYPES",
-    "LABELS",
-    "Digits",
-    "PeopleDaily",
-    "Sentence",
-    "SpanScore",
-    "digits",
-    "entity_spans",
-    "people_daily",
-    "split_text",
-    "word_spans",
-]
+    "ENTITY_TYPES", "LABELS", "Digits", "PeopleDaily", "Sentence", "SpanScore", "digits", "entity_spans",
+    "people_daily", "split_text", "word_spans",
+]  # fmt: skip
