@@ -186,6 +186,19 @@ def test_compile(backend: str, reduction: str) -> None:
     assert counter.frame_count == 1
 
 
+@quiet_dynamo
+@pytest.mark.parametrize("backend", ["numba", "cpp"])
+def test_compiled_marginals_and_their_gradient(backend: Any) -> None:
+    torch.compiler.reset()
+    scores = chain(3, 4, 3).leaves().scores()
+    compiled = torch.compile(ops.crf_marginals, fullgraph=True, backend="aot_eager")
+    got, right = (op(*scores, backend=backend) for op in (compiled, ops.crf_marginals))
+    assert torch.equal(got, right)
+    grads, expected = (torch.autograd.grad(x, scores, torch.ones(3, 4, 3).tril()) for x in (got, right))
+    for x, y in zip(grads, expected, strict=True):
+        assert_within("gradient", x, y.double().numpy(), 8 * unit(torch.float32) * float(y.abs().max()))
+
+
 @on_cpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_scores_round_no_gradient_of_the_parameters(dtype: torch.dtype, backend: str) -> None:
