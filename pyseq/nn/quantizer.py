@@ -62,7 +62,7 @@ class VectorQuantizer(nn.Module):
     Raises ValueError for numbers or words out of range, TypeError for what is no whole number.
     Source: van den Oord, Vinyals and Kavukcuoglu 2017, "Neural Discrete Representation Learning", appendix A.1.
 
-    >>> quantizer = nn.VectorQuantizer(dim=8, num_codes=16)
+    >>> quantizer = VectorQuantizer(dim=8, num_codes=16)
     >>> out = quantizer(torch.randn(4, 10, 8))
     >>> out.quantized.shape, out.indices.shape
     (torch.Size([4, 10, 8]), torch.Size([4, 10, 1]))
@@ -151,7 +151,14 @@ class VectorQuantizer(nn.Module):
                 projection.reset_parameters()
 
     def freeze(self, frozen: bool = True) -> "VectorQuantizer":
-        """Let the codebook stay as it is, in training too, or learn again. Returns the module."""
+        """Let the codebook stay as it is, in training too, or learn again. Returns the module.
+
+        >>> quantizer = VectorQuantizer(dim=8, num_codes=16).freeze()
+        >>> before = quantizer.codebook.clone()
+        >>> out = quantizer(torch.randn(100, 8))
+        >>> torch.equal(before, quantizer.codebook)
+        True
+        """
         self.frozen = frozen
         if isinstance(self.codebook, nn.Parameter):
             self.codebook.requires_grad_(not frozen)
@@ -166,6 +173,13 @@ class VectorQuantizer(nn.Module):
         dimension, False where a vector is not to be looked at: index -1, zeros in quantized, no part in anything else.
         compute: "codes_to_vectors" for that method's result, with its indices in place of x.
         Returns a VectorQuantizerOutput. Raises ValueError for another shape or device, TypeError for another dtype.
+
+        >>> quantizer = VectorQuantizer(dim=8, num_codes=16, heads=2, channel_dim=1)
+        >>> images = torch.randn(4, 8, 5, 5, requires_grad=True)
+        >>> out = quantizer(images)
+        >>> (out.quantized.square().mean() + out.loss).backward()
+        >>> out.quantized.shape, out.indices.shape
+        (torch.Size([4, 8, 5, 5]), torch.Size([4, 5, 5, 2]))
         """
         if compute == "codes_to_vectors":
             return self._vectors(x)
@@ -211,6 +225,11 @@ class VectorQuantizer(nn.Module):
         Returns float32 vectors of size dim along channel_dim, with gradients for a gradient codebook.
         Raises ValueError for another shape, and below -1 or from K on (on the CPU in eager mode), TypeError for another
         dtype.
+
+        >>> quantizer = VectorQuantizer(dim=8, num_codes=16).eval()
+        >>> out = quantizer(torch.randn(5, 8))
+        >>> torch.equal(quantizer.codes_to_vectors(out.indices), out.quantized)
+        True
         """
         return self(indices, compute="codes_to_vectors")  # type: ignore[no-any-return]
 
