@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "half.hpp"
 #include "parallel.hpp"
 
 namespace pyseq {
@@ -29,6 +30,17 @@ template <class F> Segments sorted_by_key(int64_t items, int64_t keys, F key) {
     if (const int64_t k = key(i); k >= 0 && k < keys) s.order[s.begin[k + 1]++] = i;
   s.begin.pop_back();
   return s;
+}
+
+// The sum of some rows (items, dim) in float64, by chunks of kChunk, then the chunks; part: scratch (dim).
+template <class T> void add_up(const int64_t* items, int64_t count, const T* rows, int64_t dim, double* total, double* part) {
+  std::fill(total, total + dim, 0.0);
+  for (int64_t at = 0; at < count; at += kChunk) {
+    std::fill(part, part + dim, 0.0);
+    for (int64_t i = at; i < std::min(at + kChunk, count); ++i)
+      for (int64_t d = 0; d < dim; ++d) part[d] += double(widen(rows[items[i] * dim + d]));
+    for (int64_t d = 0; d < dim; ++d) total[d] += part[d];
+  }
 }
 
 // sums (keys, dim) of rows (items, dim).

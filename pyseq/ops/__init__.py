@@ -12,9 +12,10 @@ from pyseq.ops.codebook import code_statistics as code_statistics
 from pyseq.ops.codebook import nearest_code as nearest_code
 from pyseq.ops.codebook import quantize as quantize
 from pyseq.ops.codebook import straight_through as straight_through
+from pyseq.ops.lazy_adam import lazy_adam_update_ as lazy_adam_update_
 from pyseq.ops.lookahead import lookahead_update_ as lookahead_update_
 
 __all__ = [
     "Backend", "Quantized", "code_statistics", "crf_log_partition", "crf_marginals", "crf_nll", "crf_score", "explain",
-    "lookahead_update_", "nearest_code", "quantize", "straight_through", "viterbi"
+    "lazy_adam_update_", "lookahead_update_", "nearest_code", "quantize", "straight_through", "viterbi"
 ]  # fmt: skip

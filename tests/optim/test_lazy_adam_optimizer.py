@@ -1,0 +1,283 @@
+"""LazyAdam as an optimizer: what torch asks of one, and what rows that are not seen must not notice."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+
+from pyseq.optim import LazyAdam
+
+WAYS: list[dict[str, Any]] = [
+    {}, {"semantics": "decay"}, {"bias_correction": "row"}, {"semantics": "decay", "bias_correction": "row"},
+    {"amsgrad": True, "weight_decay": 0.1}, {"maximize": True},
+]  # fmt: skip
+
+
+class Net(nn.Module):
+    def __init__(self, sparse: bool = True, rows: int = 12) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(rows, 5, sparse=sparse, padding_idx=0)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.head(self.table(rows)).sin().sum()  # type: ignore[no-any-return]
+
+
+def train(net: Net, opt: torch.optim.Optimizer, batches: list[Tensor]) -> None:
+    for rows in batches:
+        opt.zero_grad()
+        net(rows).backward()
+        opt.step()
+
+
+def batches(count: int, rows: int = 12, seed: int = 1) -> list[Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randint(rows, (8,), generator=random) for _ in range(count)]
+
+
+def equal(a: Net, b: Net) -> bool:
+    return all(map(torch.equal, a.parameters(), b.parameters()))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_all_rows_in_every_step_are_adamw(way: dict[str, Any]) -> None:
+    """Sparse, and dense by rows of zeros."""
+    lazy, rows, dense = Net(), Net(sparse=False), Net(sparse=False)
+    options = {k: v for k, v in way.items() if k not in ("semantics", "bias_correction")}
+    opts = [
+        LazyAdam(lazy.parameters(), lr=0.05, **way),
+        LazyAdam(
+            [{"params": rows.table.parameters(), "lazy": True}, {"params": rows.head.parameters()}], lr=0.05, **way
+        ),
+        torch.optim.AdamW(dense.parameters(), lr=0.05, **({"weight_decay": 0.0} | options)),
+    ]
+    every = [torch.randperm(12).repeat(2)[:23] for _ in range(6)]
+    every = [torch.cat([x, torch.arange(12)]) for x in every]
+    for net, opt in zip((lazy, rows, dense), opts, strict=True):
+        train(net, opt, every)
+    for net in (lazy, rows):
+        for p, q in zip(net.parameters(), dense.parameters(), strict=True):
+            torch.testing.assert_close(p[1:] if p.shape == (12, 5) else p, q[1:] if q.shape == (12, 5) else q)
+        assert torch.equal(net.table.weight[0], torch.zeros(5))
+
+
+def test_decay_is_dense_adam_with_a_mask() -> None:
+    """The definition: averages of every row fade in every step, and weights move where the row was seen."""
+    net, right = Net(), Net(sparse=False)
+    opt = LazyAdam(net.parameters(), lr=0.05, semantics="decay")
+    dense = torch.optim.Adam(right.parameters(), lr=0.05)
+    for rows in batches(9):
+        train(net, opt, [rows])
+        before = right.table.weight.detach().clone()
+        train(right, dense, [rows])
+        seen = torch.zeros(12, 1, dtype=torch.bool)
+        seen[rows] = True
+        with torch.no_grad():
+            right.table.weight.copy_(torch.where(seen, right.table.weight, before))
+    for p, q in zip(net.parameters(), right.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_skip_keeps_every_bit_of_other_rows() -> None:
+    net = Net()
+    opt = LazyAdam(net.parameters(), weight_decay=0.1)
+    train(net, opt, batches(3))
+    state = opt.state[net.table.weight]
+    before = [x.clone() for x in (net.table.weight, state["exp_avg"], state["exp_avg_sq"])]
+    train(net, opt, [torch.tensor([3, 4, 3])])
+    others = [i for i in range(12) if i not in (3, 4)]
+    for x, old in zip((net.table.weight, state["exp_avg"], state["exp_avg_sq"]), before, strict=True):
+        assert torch.equal(x[others], old[others])
+        assert not torch.equal(x[3], old[3])
+
+
+def test_the_first_step_of_a_row_that_comes_late() -> None:
+    """At most lr with the row's own correction; more with that of the table."""
+    moved = {}
+    for bias in ("global", "row"):
+        table = nn.Parameter(torch.zeros(2, 1))
+        opt = LazyAdam([table], lr=1.0, bias_correction=bias)  # type: ignore[arg-type]
+        for step in range(3000):
+            table.grad = sparse([int(step == 2999)], torch.ones(1, 1), (2, 1))
+            opt.step()
+        moved[bias] = -float(table.detach()[1])
+    assert moved["row"] == pytest.approx(1.0, rel=1e-5)
+    assert moved["global"] == pytest.approx(0.1 / (0.001 / (1 - 0.999**3000)) ** 0.5, rel=1e-3)
+
+
+def sparse(rows: list[int], values: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.sparse_coo_tensor(torch.tensor([rows]), values, shape, check_invariants=True)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16_tables_move_by_small_steps(state_dtype: torch.dtype) -> None:
+    """Where rounding to nearest stands still: 300 steps of 1e-4, on weights of 1; torch's generator is not used."""
+    table = nn.Parameter(torch.ones(2000, 4, dtype=torch.bfloat16))
+    opt = LazyAdam([table], lr=1e-4, state_dtype=state_dtype)
+    generator = torch.get_rng_state()
+    rows = list(range(2000))
+    for _ in range(300):
+        table.grad = sparse(rows, torch.ones(2000, 4, dtype=torch.bfloat16), (2000, 4))
+        opt.step()
+    assert float(1 - table.detach().double().mean()) == pytest.approx(0.03, rel=0.05)
+    assert torch.equal(generator, torch.get_rng_state())
+    assert opt.state[table]["exp_avg"].dtype == state_dtype
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_resume(way: dict[str, Any], dtype: torch.dtype) -> None:
+    """By a plain checkpoint, a copy, a pickle and torch.distributed.checkpoint into a fresh optimizer."""
+    net = Net().to(dtype)
+    opt = LazyAdam(net.parameters(), lr=0.05, count_rows=True, **way)
+    train(net, opt, batches(4))
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    others = []
+    for kind in ("plain", "copy", "pickle", "dcp"):
+        if kind in ("copy", "pickle"):
+            pair = copy.deepcopy((net, opt)) if kind == "copy" else pickle.loads(pickle.dumps((net, opt)))
+            others.append(pair)
+            continue
+        fresh = copy.deepcopy(net)
+        again = LazyAdam(fresh.parameters(), lr=0.05, count_rows=True, **way)
+        if kind == "plain":
+            again.load_state_dict(saved)
+        else:
+            before: Any = copy.deepcopy(get_optimizer_state_dict(fresh, again))
+            set_optimizer_state_dict(fresh, again, copy.deepcopy(get_optimizer_state_dict(net, opt)))
+            assert before["state"]["table.weight"]["step"] == 0
+        others.append((fresh, again))
+    dtypes = {name: x.dtype for name, x in opt.state[net.table.weight].items()}
+    train(net, opt, batches(4, seed=2))
+    for other, again in others:
+        assert {name: x.dtype for name, x in again.state[other.table.weight].items()} == dtypes
+        train(other, again, batches(4, seed=2))
+        assert equal(other, net)
+        for p, q in zip(other.parameters(), net.parameters(), strict=True):
+            assert all(torch.equal(again.state[p][k], opt.state[q][k]) for k in opt.state[q])
+
+
+def test_schedulers_hooks_closures_and_groups() -> None:
+    net = Net()
+    opt = LazyAdam(
+        [{"params": net.table.parameters(), "lr": torch.tensor(0.0)}, {"params": net.head.parameters()}], lr=0.1
+    )
+    schedule = LambdaLR(opt, lambda step: float(step))
+    called: list[str] = []
+    opt.register_step_pre_hook(lambda *_: called.append("before"))
+    opt.register_step_post_hook(lambda *_: called.append("after"))
+    before = net.table.weight.detach().clone()
+
+    def closure() -> Any:
+        opt.zero_grad()
+        loss = net(torch.tensor([1, 2]))
+        loss.backward()
+        return loss
+
+    assert isinstance(opt.step(closure), Tensor)  # the rate is 0
+    assert torch.equal(net.table.weight, before)
+    schedule.step()
+    opt.step(closure)
+    assert called == ["before", "after"] * 2
+    extra = nn.Embedding(3, 5, sparse=True)
+    opt.add_param_group({"params": extra.parameters(), "lr": 0.1})
+    extra(torch.tensor([1])).sum().backward()
+    opt.step()
+    assert set(opt.state[extra.weight]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert opt.state[net.table.weight]["step"] == 3
+
+
+def test_gradients_that_come_in_parts_and_ones_that_do_not() -> None:
+    """Accumulated ones are added up; rows without one, and parameters without one, stay."""
+    one, two = Net(), Net()
+    opts = [LazyAdam(net.parameters(), lr=0.1) for net in (one, two)]
+    first, second = batches(2)
+    one(torch.cat([first, second])).backward()
+    two(first).backward()
+    two(second).backward()
+    for opt in opts:
+        opt.step()
+        opt.zero_grad()
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    before = copy.deepcopy(one)
+    opts[0].step()
+    one.table(torch.zeros(0, dtype=torch.int64)).sum().backward()
+    opts[0].step()
+    assert equal(one, before)
+
+
+def test_a_gradient_that_is_no_number_leaves_its_row() -> None:
+    table = nn.Parameter(torch.ones(3, 2))
+    opt = LazyAdam([table])
+    table.grad = sparse([0, 2], torch.tensor([[1.0, torch.nan], [1.0, 1.0]]), (3, 2))
+    opt.step()
+    assert torch.equal(table[:2], torch.ones(2, 2))
+    assert (table[2] < 1).all()
+
+
+def test_onecycle_and_decay() -> None:
+    net = Net()
+    opt = LazyAdam(net.parameters(), semantics="decay")
+    schedule = OneCycleLR(opt, 0.1, total_steps=9)
+    train(net, opt, batches(1))
+    schedule.step()
+    before = copy.deepcopy(net)
+    with pytest.raises(ValueError, match=r"betas may not change with semantics='decay', got .* cycle_momentum=False"):
+        train(net, opt, batches(1))
+    assert equal(net, before)
+    net = Net()
+    opt = LazyAdam(net.parameters())
+    schedule = OneCycleLR(opt, 0.1, total_steps=9)
+    for rows in batches(5):
+        train(net, opt, [rows])
+        schedule.step()
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"lr": -1.0}, ValueError, "lr must be a finite number from 0, got -1.0"),
+    ({"lr": torch.ones(2)}, ValueError, r"lr must be a number or a tensor of one, got shape \(2,\)"),
+    ({"eps": float("nan")}, ValueError, "eps must be a finite number from 0, got nan"),
+    ({"betas": (0.9, 1.0)}, ValueError, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
+    ({"semantics": "replay"}, ValueError, "semantics must be 'skip' or 'decay', got 'replay'"),
+    ({"bias_correction": "rows"}, ValueError, "bias_correction must be 'global' or 'row', got 'rows'"),
+    ({"state_dtype": torch.float16}, ValueError, "state_dtype must be torch.float32 or torch.bfloat16"),
+    ({"capturable": True}, ValueError, "lr must be a tensor with capturable=True"),
+    ({"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]}, TypeError, "must be real and floating"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_arguments(case: int) -> None:
+    changed, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        LazyAdam(**{"params": [nn.Parameter(torch.ones(2, 2))]} | changed)
+
+
+def test_bad_gradients_and_states() -> None:
+    good, vector = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))
+    opt = LazyAdam([good, vector])
+    good.grad, vector.grad = sparse([1], torch.ones(1, 2), (3, 2)), torch.ones(3).to_sparse()
+    with pytest.raises(ValueError, match=r"rows of a matrix can be lazy, got a parameter of shape \(3,\)"):
+        opt.step()
+    assert torch.equal(good, torch.ones(3, 2))
+    half = nn.Parameter(torch.ones(3, 2).half())
+    half.grad = sparse([1], torch.ones(1, 2).half(), (3, 2))
+    with pytest.raises(TypeError, match="tables must be of dtype"):
+        LazyAdam([half]).step()
+    other = torch.optim.Adam([nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match="this is the state of another optimizer than LazyAdam"):
+        opt.load_state_dict(other.state_dict())
+    wide = LazyAdam([nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(3, 4\), wanted \(3, 2\)"):
+        opt.load_state_dict(wide.state_dict())
