@@ -11,7 +11,7 @@ namespace pyseq::lazy_adam {
 namespace {
 
 constexpr int64_t kTogether = 64;  // rows a thread takes at once
-constexpr int64_t kAhead = 4;      // rows ahead that are fetched
+constexpr int64_t kAhead = 8;      // rows ahead that are fetched
 constexpr int kPowers = 256;       // powers of beta that are looked up
 
 // 32 random bits for an element; as in the reference.
@@ -34,8 +34,9 @@ inline void put(double x, double& to, const Bits&, uint64_t) { to = x; }
 // Up or down with the odds of where x lies between both; nothing finite becomes infinite.
 inline void put(float x, Bfloat16& to, const Bits& bits, uint64_t element) {
   const uint32_t whole = bits_as<uint32_t>(x), moved = whole + (bits(element) & 0xffff);
-  const bool over = (moved & 0x7f800000) == 0x7f800000, nan = (whole & 0x7fffffff) > 0x7f800000;
-  to.bits = uint16_t((over ? whole : moved) >> 16 | (nan ? 64 : 0));
+  const uint32_t size = whole & 0x7fffffff;
+  const bool stays = size >= 0x7f800000 || (moved & 0x7f800000) == 0x7f800000;
+  to.bits = uint16_t((stays ? whole : moved) >> 16 | (size > 0x7f800000 ? 64 : 0));
 }
 
 // What all elements of a row share.
