@@ -1,5 +1,6 @@
 """A vector quantiser whose codebook learns by moving averages or by gradients, and does not collapse."""
 
+import math
 from operator import index
 from typing import Any, Literal, NamedTuple
 
@@ -54,9 +55,10 @@ class VectorQuantizer(nn.Module):
     stays where it is. A state dict is to be loaded on every rank.
 
     In training ranks of the default process group share one all_reduce of (heads, K, 2 D + 2) numbers a step, so their
-    codebooks, if equal at first, stay equal, and are those of one process with the joined batch. In eval there is no
-    communication. A gradient codebook inside FSDP2 needs `fully_shard(..., ignored_params={quantizer.codebook})`, or
-    dead_code_threshold=0: revived codes would be lost with the gathered weights.
+    codebooks, if equal at first, stay equal, and with as many valid rows on each are those of one process with the
+    joined batch. In eval there is no communication. A gradient codebook inside FSDP2 needs
+    `fully_shard(..., ignored_params={quantizer.codebook})`, or dead_code_threshold=0: revived codes would be lost with
+    the gathered weights.
 
     Time of a forward O(N K D) for N vectors, of all else O(N D + K D); no N x K matrix is ever made.
     Raises ValueError for numbers or words out of range, TypeError for what is no whole number.
@@ -105,7 +107,9 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"heads must divide dim, got {heads} and {dim}; or give codebook_dim, to project")
         self.codebook_dim = dim // heads if codebook_dim is None else _whole("codebook_dim", codebook_dim)
         for name, number in (("decay", decay), ("dead_code_threshold", dead_code_threshold)):
-            if number is not None and not 0 <= number < 1:
+            if number is None and name == "decay":
+                continue
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {number!r}")
         if decay is not None and beta != 1:
             raise ValueError(f"beta weighs a term that moving averages do without: got {beta} and decay={decay}")
@@ -121,15 +125,17 @@ class VectorQuantizer(nn.Module):
         else:
             self.register_buffer("codebook", codes)
         averages = decay is not None or dead_code_threshold > 0
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("quarantined", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.int64))
+        # what may be None is last: torch.export trips over a None before others
         self.register_buffer("ema_counts", torch.empty_like(counts) if averages else None)
         self.register_buffer("ema_sums", torch.empty_like(codes) if decay is not None else None)
         pending = accumulation_steps > 1 and averages
         self.register_buffer("pending_counts", torch.empty_like(counts) if pending else None)
         self.register_buffer("pending_sums", torch.empty_like(codes) if pending and decay is not None else None)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("quarantined", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
-        self.kmeans_init, self.frozen = kmeans_init, False
+        self.kmeans_init, self.frozen = bool(kmeans_init), False
+        self._dtype: torch.dtype | None = None  # to which the module was cast
         self.reset_parameters()
 
     @torch.no_grad()
@@ -143,7 +149,7 @@ class VectorQuantizer(nn.Module):
         for name in ("pending_counts", "pending_sums", "steps", "quarantined"):
             if (buffer := getattr(self, name)) is not None:
                 buffer.zero_()
-        self.initialized.fill_(not self.kmeans_init)
+        self.initialized.fill_(int(not self.kmeans_init))
         self._ready = not self.kmeans_init  # a Python flag, so that a graph has no branch on a value
         self._last: Tensor | None = None  # the codes that the latest training forward read
         for projection in (self.project_in, self.project_out):
@@ -200,17 +206,19 @@ class VectorQuantizer(nn.Module):
             raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
         if mask is not None and mask.shape != shape:
             raise ValueError(f"mask must have the shape {(*shape,)} of the vectors, got {(*mask.shape,)}")
-        rows = inner.reshape(shape.numel(), self.heads, self.codebook_dim)
+        rows = inner.reshape(math.prod(shape), self.heads, self.codebook_dim)
         learns = self.training and not self.frozen
         again = learns and _torch.in_backward()  # activation checkpointing runs the forward once more
         flat = None if mask is None else mask.reshape(-1)
+        if learns and not self._ready and not torch.compiler.is_compiling():  # DDP and averages copy buffers alone
+            self._ready = bool(self.initialized)
         if learns and not again and not self._ready:
             _check_search(Search(rows, self.codebook, flat))  # before anything changes
             self._initialize(rows.detach(), flat)
         codes = self._codes(learns, again)
         sums = learns and self.decay is not None  # again, too: checkpointing compares what both forwards save
         search = _check_search(Search(rows, codes, flat))
-        quantized, indices, loss, counts, sums_ = _codebook.quantize(search, self._options._replace(sums=sums))
+        quantized, indices, loss, counts, sums_, _ = _codebook.quantize(search, self._options._replace(sums=sums))
         if learns and not again:
             counts = self._learn(search, indices, counts, sums_ if sums else None)
         usage = (counts > 0).to(loss.dtype).mean()
@@ -222,7 +230,8 @@ class VectorQuantizer(nn.Module):
         """What `quantized` is for these indices.
 
         indices: int64 or int32 (..., heads); -1 gives a part of zeros, and a vector of zeros where all are -1.
-        Returns float32 vectors of size dim along channel_dim, with gradients for a gradient codebook.
+        Returns vectors of size dim along channel_dim, of the dtype that the module was cast to (at first float32), with
+        gradients for a gradient codebook.
         Raises ValueError for another shape, and below -1 or from K on (on the CPU in eager mode), TypeError for another
         dtype.
 
@@ -246,6 +255,7 @@ class VectorQuantizer(nn.Module):
         codes = unit(self.codebook) if self._options.cosine else self.codebook
         found = codes[heads, flat.clamp(0, self.num_codes - 1)]
         found = torch.where((flat >= 0).unsqueeze(2), found, 0.0)
+        found = found if self._dtype is None else found.to(self._dtype)
         out = self._projected(found, flat).view(*indices.shape[:-1], self.dim)
         return out.movedim(-1, self.channel_dim)
 
@@ -271,9 +281,11 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _initialize(self, rows: Tensor, mask: Tensor | None) -> None:
         found = k_means(rows, mask, self.codebook.detach(), self._options.cosine, self.steps)
+        if not torch.compiler.is_compiling() and not found.counts.any():  # on no rank was there a row to begin from
+            return
         self._start(found)
         self.codebook.copy_(found.codes)
-        self.initialized.fill_(True)
+        self.initialized.fill_(1)
         self._ready = True
 
     def _start(self, averages: Averages) -> None:
@@ -329,6 +341,8 @@ class VectorQuantizer(nn.Module):
             half = id(x) in own and moved.is_floating_point() and moved.element_size() < 4
             return x.to(moved.device) if half else moved
 
+        like = self.codebook.new_empty(0, dtype=self._dtype)
+        self._dtype = fn(like).dtype if self._dtype or fn(like).dtype != like.dtype else None
         super()._apply(kept, recurse)
         self._last = None
         return self

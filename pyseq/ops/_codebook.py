@@ -37,7 +37,7 @@ class QuantizeOptions(NamedTuple):
     beta: float
     gamma: float
     reduction: str
-    sums: bool  # whether to sum the rows of each code; else the last output is empty
+    sums: bool  # whether to sum the rows of each code; else their output is empty
     backend: str
 
 
@@ -65,7 +65,7 @@ def statistics(chosen: Chosen, codes: int, backend: str) -> tuple[Tensor, Tensor
 
 
 def quantize(search: Search, options: QuantizeOptions) -> tuple[Tensor, ...]:
-    """Codes (N, H, D), indices (N, H), loss, counts (H, K), sums (H, K, D)."""
+    """Codes (N, H, D), indices (N, H), loss, counts (H, K), sums (H, K, D), and for cosines the codes of length one."""
     direct, _, chosen = SEARCH.way(options.backend, search)
     options = options._replace(backend=chosen)
     if chosen == "reference":
@@ -125,14 +125,16 @@ def _quantize_fake(search: Search, options: QuantizeOptions) -> tuple[Tensor, ..
     sums = search.codebook.new_empty((heads, codes, dim) if options.sums else (0,))
     counts = search.x.new_empty(heads, codes, dtype=torch.int64)
     indices = search.x.new_empty(n, heads, dtype=torch.int64)
-    return torch.empty_like(search.x, memory_format=torch.contiguous_format), indices, sums.new_empty(()), counts, sums
+    quantized = torch.empty_like(search.x, memory_format=torch.contiguous_format)
+    compared = search.codebook.new_empty(search.codebook.shape if options.cosine else (0,))
+    return quantized, indices, sums.new_empty(()), counts, sums, compared
 
 
 def _quantize_kernel(search: Search, options: QuantizeOptions) -> tuple[Tensor, ...]:
     if options.backend == "reference":
         return _quantize_by_reference(search, options)
     given = _compared(search, options.cosine)
-    _, indices, _, counts, sums = _quantize_fake(given, options)
+    _, indices, _, counts, sums, compared = _quantize_fake(given, options)
     distance = sums.new_empty(indices.shape)
     quantized, total = sums.new_empty(given.x.shape), sums.new_empty(1, dtype=torch.float64)
     outputs = indices, distance, quantized, total
@@ -140,7 +142,8 @@ def _quantize_kernel(search: Search, options: QuantizeOptions) -> tuple[Tensor, 
     chosen = Chosen(given.x, indices)
     _quantize.launch("statistics", chosen, options.backend, counts, sums if options.sums else None)
     loss = (options.beta + options.gamma) * total / terms(counts, search.x.size(2), options.reduction)
-    return quantized.to(search.x.dtype), indices, loss.reshape(()).to(sums.dtype), counts, sums
+    compared = given.codebook if options.cosine else compared
+    return quantized.to(search.x.dtype), indices, loss.reshape(()).to(sums.dtype), counts, sums, compared
 
 
 def _quantize_by_reference(search: Search, options: QuantizeOptions) -> tuple[Tensor, ...]:
@@ -148,20 +151,23 @@ def _quantize_by_reference(search: Search, options: QuantizeOptions) -> tuple[Te
     indices, _ = reference.nearest_code(x.detach(), codebook.detach(), mask, options.cosine)
     quantized, loss, counts, sums = reference.look_up(x.to(wide(x)), codebook, indices, *options[:5])
     sums = sums.to(codebook.dtype) if options.sums else codebook.new_empty(0)
-    return quantized.to(x.dtype), indices, loss.to(codebook.dtype), counts, sums
+    compared = unit(codebook.detach()) if options.cosine else codebook.new_empty(0)
+    return quantized.to(x.dtype), indices, loss.to(codebook.dtype), counts, sums, compared
 
 
 def _quantize_gradient(
     search: Search, options: QuantizeOptions, outputs: Sequence[Tensor], upstream: Sequence[Tensor | None]
 ) -> Sequence[Tensor | None]:
-    up, _, up_loss, _, _ = upstream
-    indices, _, counts, sums = outputs
+    up, _, up_loss, *_ = upstream
+    indices, _, counts, sums, compared = outputs
     refuse_upstream(upstream)
     if up is None and up_loss is None:
         return None, None, None
     if torch.is_grad_enabled():
         return _differentiable_gradient(search, options, indices, up, up_loss)
-    given = _compared(search, options.cosine)
+    given = search
+    if options.cosine:  # codes as an output: a compiler would take them from a buffer that has moved since
+        given = Search(unit(search.x.to(wide(search.x))), compared)
     zero = given.codebook.new_zeros(())
     weight = (zero if up_loss is None else up_loss) * 2 / terms(counts, search.x.size(2), options.reduction)
     scale = (options.gamma * weight).to(given.codebook.dtype).view(1)
@@ -227,7 +233,7 @@ _quantize = Raw(
     _quantize_kernel,
     _quantize_fake,
     SEARCH,
-    returns=5,
+    returns=6,
     gradient=_quantize_gradient,
 )
 _pull = Raw("quantize_gradient", Pull, PullOptions, _pull_kernel, _pull_fake, PULL)

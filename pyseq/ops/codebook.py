@@ -1,5 +1,6 @@
 """Vector quantisation: the nearest code of a codebook to each vector, exactly and without a matrix of distances."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,6 +15,7 @@ from pyseq.ops._codebook import SEARCH, STATISTICS
 Metric = Literal["l2", "cosine"]
 Estimator = Literal["straight_through", "rotation"]
 Reduction = Literal["mean", "vector", "sum"]
+MOST_CODES = 2**31 - 64
 _SEARCH = _check.Signature(
     x="scores (vectors, heads, width)", codebook="sums (heads, codes+, width)", mask="booleans (vectors,)?"
 )
@@ -87,7 +89,7 @@ def code_statistics(
             f"x must have shape {wanted} and indices the same without width, got {(*x.shape,)} and {(*indices.shape,)}"
         )
     many = x.shape[-2] if heads else 1
-    rows = x.shape[: -1 - heads].numel()
+    rows = math.prod(x.shape[: -1 - heads])  # numel() would fix a graph's size
     chosen = _CHOSEN(Chosen(x.reshape(rows, many, x.shape[-1]), indices.reshape(rows, many)))
     counts, sums = _codebook.statistics(chosen, num_codes, backend)
     return (counts, sums) if heads else (counts.squeeze(0), sums.squeeze(0))
@@ -148,7 +150,7 @@ def quantize(
     """
     options = loss_options(metric, beta, gamma, estimator, loss_reduction)
     found = _codebook.quantize(_SEARCH(_search(x, codebook, metric, mask)), options._replace(backend=backend))
-    quantized, indices, loss, counts, _ = found
+    quantized, indices, loss, counts, *_ = found
     perplexity = perplexity_of(counts).to(loss.dtype)
     counts = counts if codebook.dim() == 3 else counts.squeeze(0)
     return Quantized(quantized.view(x.shape), indices.view(x.shape[:-1]), loss, counts, perplexity)
@@ -164,7 +166,7 @@ def loss_options(
         if value not in get_args(kind):
             raise ValueError(f"{name} must be {' or '.join(map(repr, get_args(kind)))}, got {value!r}")
     for name, number in (("beta", beta), ("gamma", gamma)):
-        if not 0 <= number < float("inf"):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
             raise ValueError(f"{name} must be a finite number from 0, got {number!r}")
     cosine, rotation = metric == "cosine", estimator == "rotation"
     return _codebook.QuantizeOptions(cosine, rotation, float(beta), float(gamma), loss_reduction, False, "auto")
@@ -181,9 +183,10 @@ def straight_through(forward_fn: Callable[..., Tensor], backward_fn: Callable[..
     """A function with the value of one function and the gradient of another.
 
     forward_fn, backward_fn: take the same arguments and return one tensor each, of one shape. forward_fn runs without
-    gradients, so it need not have any; its result is given bit for bit.
+    gradients, so it need not have any, and must not change its arguments; its result is given bit for bit, whole
+    numbers and booleans in the dtype of backward_fn's.
     Returns a function of these arguments, differentiable as often as backward_fn is. It raises ValueError when called
-    if the shapes differ. Time and memory: of both functions.
+    if the shapes differ, and TypeError for what is no tensor. Time and memory: of both functions.
 
     >>> relu = ops.straight_through(torch.relu, lambda x: x)  # with a gradient where it is 0, too
     >>> x = torch.tensor([-1.0, 2.0], requires_grad=True)
@@ -192,10 +195,18 @@ def straight_through(forward_fn: Callable[..., Tensor], backward_fn: Callable[..
     tensor([1., 1.])
     """
 
+    for name, function in (("forward_fn", forward_fn), ("backward_fn", backward_fn)):
+        if not callable(function):
+            raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+
     def both(*args: Any, **kwargs: Any) -> Tensor:
         with torch.no_grad():
             value = forward_fn(*args, **kwargs)
         proxy = backward_fn(*args, **kwargs)
+        if not isinstance(value, Tensor) or not isinstance(proxy, Tensor):
+            got = f"{type(value).__name__} and {type(proxy).__name__}"
+            raise TypeError(f"forward_fn and backward_fn must return a tensor, got {got}")
+        value = value if value.is_floating_point() or value.is_complex() else value.to(proxy.dtype)
         if value.shape != proxy.shape:
             raise ValueError(
                 f"forward_fn and backward_fn must return one shape, got {(*value.shape,)} and {(*proxy.shape,)}"
@@ -236,9 +247,13 @@ def _search(x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None) -> Se
     if x.dim() < 1 + heads or x.shape[-1] != codebook.shape[-1] or (heads and x.shape[-2] != codebook.shape[0]):
         wanted = f"(..., {codebook.shape[0]}, {codebook.shape[2]})" if heads else f"(..., {codebook.shape[1]})"
         raise ValueError(f"x must have shape {wanted} beside a codebook of {(*codebook.shape,)}, got {(*x.shape,)}")
+    if codebook.shape[-2] > MOST_CODES:
+        raise ValueError(f"codebook must have fewer than 2^31 codes, got {codebook.shape[-2]}")
     outer = x.shape[: -1 - heads]
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
     if mask is not None and mask.shape != outer:
         raise ValueError(f"mask must have the shape {(*outer,)} of the vectors, got {(*mask.shape,)}")
-    count = outer.numel()
+    count = math.prod(outer)
     flat = x.reshape(count, codebook.shape[0] if heads else 1, x.shape[-1])
     return Search(flat, codebook if heads else codebook.unsqueeze(0), None if mask is None else mask.reshape(count))

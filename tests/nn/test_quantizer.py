@@ -350,16 +350,6 @@ def test_activation_checkpointing(options: Any, reentrant: bool) -> None:
         exactly(state(layers[1]), state(layers[0]))
 
 
-def test_checkpointing_of_two_calls_before_backward() -> None:
-    """As where codes are shared, or the losses of two batches are added."""
-    layers, grads = (built(decay=0.5), built(decay=0.5)), []
-    for layer in layers:
-        given = [example(step) for step in range(2)]
-        outs: Any = [layer(*g) if layer is layers[0] else checkpoint(layer, *g, use_reentrant=False) for g in given]
-        grads.append(torch.autograd.grad(sum(o.loss + o.quantized.square().sum() for o in outs), [x for x, _ in given]))
-    exactly(*grads)
-
-
 @pytest.mark.parametrize("options", [{}, {"decay": None}, {"kmeans_init": True, "accumulation_steps": 2}], ids=str)
 def test_backward_twice_and_no_graph_kept(options: Any) -> None:
     """After the update, too; no tensor outlives a step."""
@@ -553,3 +543,62 @@ def test_two_processes(tmp_path: Path) -> None:
     for rank in ranks:
         _, errors = rank.communicate(timeout=100)
         assert rank.returncode == 0, errors[-3000:]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("options", [{"metric": "cosine"}, {"metric": "cosine", "heads": 2}, {}], ids=str)
+def test_compiled_gradients_are_of_the_codes_before_the_update(options: Any) -> None:
+    torch.compiler.reset()
+    eager = built(decay=0.5, estimator="rotation", gamma=10.0, **options)
+    compiled = torch.compile(copy.deepcopy(eager), backend="aot_eager", fullgraph=True)
+    x, weight, grads = torch.randn(64, DIM), torch.randn(64, DIM), []
+    for quantizer in (eager, compiled):
+        rows = x.clone().requires_grad_()
+        out = quantizer(rows)
+        ((out.quantized * weight).sum() + out.loss).backward()
+        grads.append(rows.grad)
+    torch.testing.assert_close(*grads)
+    torch.compiler.reset()
+
+
+def test_exports_alone_and_with_any_number_of_rows() -> None:
+    quantizer = built(heads=2).eval()
+    shapes = {"x": {0: torch.export.Dim("n", min=2, max=100)}}
+    program = torch.export.export(quantizer, (torch.randn(5, DIM),), dynamic_shapes=shapes).module()
+    x = torch.randn(33, DIM)
+    assert torch.equal(program(x)[0], quantizer(x).quantized)
+
+
+def test_weights_averaged_with_buffers() -> None:
+    """As AveragedModel does, and DDP: buffers alone come, and k-means does not begin again."""
+    quantizer = built(kmeans_init=True)
+    averaged = torch.optim.swa_utils.AveragedModel(quantizer, use_buffers=True)
+    for _ in range(3):
+        quantizer(torch.randn(50, DIM))
+        averaged.update_parameters(quantizer)
+    found: Any = averaged.module.train()
+    before = found.codebook.clone()
+    found(torch.randn(50, DIM))
+    assert (found.codebook - before).abs().max() < 1
+
+
+def test_vectors_are_of_the_dtype_that_the_module_was_cast_to() -> None:
+    for options in ({}, {"codebook_dim": 3}):
+        quantizer = built(**options).eval()
+        indices = torch.zeros(4, 1, dtype=torch.int64)
+        assert quantizer.codes_to_vectors(indices).dtype == torch.float32
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            quantizer.to(dtype).to("cpu")
+            quantizer.load_state_dict(quantizer.state_dict())
+            assert quantizer.codes_to_vectors(indices).dtype == dtype
+
+
+def test_k_means_waits_for_a_row() -> None:
+    quantizer = built(kmeans_init=True, dead_code_threshold=0)
+    quantizer(torch.randn(9, DIM), torch.zeros(9, dtype=torch.bool))
+    quantizer(torch.randn(0, DIM))
+    assert not quantizer.initialized
+    x = 5 + torch.randn(200, DIM)
+    quantizer(x)
+    assert quantizer.initialized
+    assert quantizer.eval()(x).usage == 1

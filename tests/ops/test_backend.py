@@ -40,7 +40,7 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_explain_serves_every_public_op_and_needs_its_tensors() -> None:
     public = {op for name in ops.__all__ if inspect.isfunction(op := getattr(ops, name)) and name != "explain"}
-    assert public == set(OPS)
+    assert public - {ops.straight_through} == set(OPS)  # which has no kernel
     with pytest.raises(TypeError, match=r"explain needs a function of pyseq\.ops, got"):
         explain(torch.add, torch.ones(1))
     with pytest.raises(TypeError, match=r"explain\(crf_nll, \.\.\.\) needs the tensors"):
