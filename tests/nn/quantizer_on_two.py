@@ -183,6 +183,15 @@ def unequal(rank: int) -> None:
                 dist.all_gather(other, value)
                 assert torch.equal(*other), name
                 assert value.isfinite().all()
+    quantizer, revived = Net(7, decay=None).quantizer, 0
+    for _ in range(40):  # where both ranks have a row for a code, it does not become their sum
+        x, before = torch.randn(9, DIM), quantizer.codebook.detach().clone()
+        quantizer.ema_counts[:, 1:] = 0
+        quantizer(x if rank == 1 else x[:2])
+        new = quantizer.codebook.detach()[(quantizer.codebook != before).any(2)]
+        assert (new.unsqueeze(1) == x).all(2).any(1).all()
+        revived += len(new)
+    assert revived > 100
     torch.manual_seed(0)
     x = torch.randn(9, DIM)
     both = Net(dead_code_threshold=0).quantizer

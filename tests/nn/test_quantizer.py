@@ -540,9 +540,9 @@ def test_two_processes(tmp_path: Path) -> None:
     script = Path(__file__).with_name("quantizer_on_two.py")
     command = [sys.executable, "-W", "error", str(script), str(tmp_path / "store")]
     ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=100)
-        assert rank.returncode == 0, errors[-3000:]
+    errors = [rank.communicate(timeout=100)[1] for rank in ranks]
+    for rank, text in zip(ranks, errors, strict=True):
+        assert rank.returncode == 0, text[-3000:]
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
