@@ -49,16 +49,18 @@ class VectorQuantizer(nn.Module):
     accumulation_steps: forwards whose statistics make one update of the codebook, for gradient accumulation.
 
     State: codebook (heads, K, D), a parameter where decay is None, else a buffer; ema_counts, ema_sums, steps,
-    quarantined (vectors met in training that were not masked and not finite) and initialized. Codes and averages stay
-    in float32 when the model is cast to half precision. Nothing changes in eval, after `freeze()`, or when activation
-    checkpointing runs a forward again. Averages begin with each code counted once; a code with fewer than 0.001 rows
-    stays where it is. A state dict is to be loaded on every rank.
+    quarantined (parts of vectors, one a head, met in training that were not masked and not finite) and initialized.
+    Codes and averages stay in float32 when the model is cast to half precision. Nothing changes in eval, after
+    `freeze()`, or when activation checkpointing runs a forward again. Averages begin with each code counted once; a
+    code with fewer than 0.001 rows stays where it is. A state dict is to be loaded on every rank.
 
     In training ranks of the default process group share one all_reduce of (heads, K, 2 D + 2) numbers a step, so their
     codebooks, if equal at first, stay equal, and with as many valid rows on each are those of one process with the
     joined batch. In eval there is no communication. A gradient codebook inside FSDP2 needs
-    `fully_shard(..., ignored_params={quantizer.codebook})`, or dead_code_threshold=0: revived codes would be lost with
-    the gathered weights.
+    `fully_shard(..., ignored_params={quantizer.codebook})`, and its gradient averaged by you, for FSDP2 then leaves it
+    alone; or dead_code_threshold=0, for revived codes would be lost with the gathered weights.
+    Activation checkpointing is right for one call of a quantiser before each backward pass, and not around or inside
+    of compiled code: docs/quantizer.md, Limits.
 
     Time of a forward O(N K D) for N vectors, of all else O(N D + K D); no N x K matrix is ever made.
     Raises ValueError for numbers or words out of range, TypeError for what is no whole number.
