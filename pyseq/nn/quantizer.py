@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from pyseq.kernels.codebook import Search
 from pyseq.nn._codebook import Averages, draw, followed, k_means, reduced, revived
-from pyseq.ops import _check, _codebook, _torch
+from pyseq.ops import _codebook, _torch
 from pyseq.ops._backend import settings
-from pyseq.ops.codebook import Estimator, Metric, Reduction, loss_options, perplexity_of
+from pyseq.ops.codebook import SEARCHED, Estimator, Metric, Reduction, loss_options, perplexity_of
 from pyseq.reference.codebook import unit
 
 USE_DECAY = 0.99  # of how often codes are used, where the codebook learns by gradients
@@ -215,11 +215,11 @@ class VectorQuantizer(nn.Module):
         if learns and not self._ready and not torch.compiler.is_compiling():  # DDP and averages copy buffers alone
             self._ready = bool(self.initialized)
         if learns and not again and not self._ready:
-            _check_search(Search(rows, self.codebook, flat))  # before anything changes
+            SEARCHED(Search(rows, self.codebook, flat))  # before anything changes
             self._initialize(rows.detach(), flat)
         codes = self._codes(learns, again)
         sums = learns and self.decay is not None  # again, too: checkpointing compares what both forwards save
-        search = _check_search(Search(rows, codes, flat))
+        search = SEARCHED(Search(rows, codes, flat))
         quantized, indices, loss, counts, sums_, _ = _codebook.quantize(search, self._options._replace(sums=sums))
         if learns and not again:
             counts = self._learn(search, indices, counts, sums_ if sums else None)
@@ -351,11 +351,6 @@ class VectorQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_codes}, codebook_dim={self.codebook_dim}, heads={self.heads}, decay={self.decay}"
-
-
-_check_search = _check.Signature(
-    x="scores (vectors, heads, width)", codebook="sums (heads, codes+, width)", mask="booleans (vectors,)?"
-)
 
 
 def _whole(name: str, number: Any) -> int:

@@ -16,10 +16,10 @@ Metric = Literal["l2", "cosine"]
 Estimator = Literal["straight_through", "rotation"]
 Reduction = Literal["mean", "vector", "sum"]
 MOST_CODES = 2**31 - 64
-_SEARCH = _check.Signature(
+SEARCHED = _check.Signature(
     x="scores (vectors, heads, width)", codebook="sums (heads, codes+, width)", mask="booleans (vectors,)?"
 )
-_CHOSEN = _check.Signature(x="scores (vectors, heads, width)", indices="integers (vectors, heads)")
+CHOSEN = _check.Signature(x="scores (vectors, heads, width)", indices="integers (vectors, heads)")
 
 
 @SEARCH.op
@@ -52,7 +52,7 @@ def nearest_code(
     tensor([1, 0])
     """
     search = _search(x, codebook, metric, mask)
-    indices, distance = _codebook.nearest(_SEARCH(search), metric == "cosine", backend)
+    indices, distance = _codebook.nearest(SEARCHED(search), metric == "cosine", backend)
     shape = x.shape[:-1]
     return indices.view(shape), distance.view(shape)
 
@@ -78,9 +78,7 @@ def code_statistics(
             [5.],
             [0.]]))
     """
-    for name, tensor in (("x", x), ("indices", indices)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    _tensors(x=x, indices=indices)
     if isinstance(num_codes, bool) or not isinstance(num_codes, (int, torch.SymInt)) or num_codes < 1:
         raise ValueError(f"num_codes must be a whole number from 1, got {num_codes!r}")
     if x.dim() < 1 + heads or indices.shape != x.shape[:-1]:
@@ -90,7 +88,7 @@ def code_statistics(
         )
     many = x.shape[-2] if heads else 1
     rows = math.prod(x.shape[: -1 - heads])  # numel() would fix a graph's size
-    chosen = _CHOSEN(Chosen(x.reshape(rows, many, x.shape[-1]), indices.reshape(rows, many)))
+    chosen = CHOSEN(Chosen(x.reshape(rows, many, x.shape[-1]), indices.reshape(rows, many)))
     counts, sums = _codebook.statistics(chosen, num_codes, backend)
     return (counts, sums) if heads else (counts.squeeze(0), sums.squeeze(0))
 
@@ -149,7 +147,7 @@ def quantize(
             [1., 1.]]))
     """
     options = loss_options(metric, beta, gamma, estimator, loss_reduction)
-    found = _codebook.quantize(_SEARCH(_search(x, codebook, metric, mask)), options._replace(backend=backend))
+    found = _codebook.quantize(SEARCHED(_search(x, codebook, metric, mask)), options._replace(backend=backend))
     quantized, indices, loss, counts, *_ = found
     perplexity = perplexity_of(counts).to(loss.dtype)
     counts = counts if codebook.dim() == 3 else counts.squeeze(0)
@@ -234,11 +232,15 @@ class _Instead(torch.autograd.Function):
         return None, upstream.to(ctx.dtype)
 
 
+def _tensors(**arguments: object) -> None:
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
 def _search(x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None) -> Search:
     """Vectors in rows, and a codebook of heads; ValueError for shapes that do not fit."""
-    for name, tensor in (("x", x), ("codebook", codebook)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    _tensors(x=x, codebook=codebook)
     if metric not in ("l2", "cosine"):
         raise ValueError(f"metric must be 'l2' or 'cosine', got {metric!r}")
     heads = codebook.dim() == 3
@@ -250,8 +252,8 @@ def _search(x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None) -> Se
     if codebook.shape[-2] > MOST_CODES:
         raise ValueError(f"codebook must have fewer than 2^31 codes, got {codebook.shape[-2]}")
     outer = x.shape[: -1 - heads]
-    if mask is not None and not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    if mask is not None:
+        _tensors(mask=mask)
     if mask is not None and mask.shape != outer:
         raise ValueError(f"mask must have the shape {(*outer,)} of the vectors, got {(*mask.shape,)}")
     count = math.prod(outer)

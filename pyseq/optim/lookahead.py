@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from pyseq.kernels.lookahead import Pairs
 from pyseq.ops import _lookahead
+from pyseq.optim._state import AsItIs
 
 Momentum = Literal["keep", "reset", "pullback"]
 SLOW, STEP, K, ALPHA, SHOWN = (f"lookahead_{name}" for name in ("slow", "step", "k", "alpha", "shown"))
@@ -208,7 +209,7 @@ class Lookahead(Optimizer):
         if "optimizer" in state:  # a copy, or out of a pickle
             super().__setstate__(state)
             return
-        kept = {p: {name: x.tensor.to(p.device, copy=True) for name, x in e.items()} for p, e in state["state"].items()}
+        kept = {p: {name: x.on(p.device) for name, x in e.items()} for p, e in state["state"].items()}
         self.optimizer.load_state_dict(self._loading)
         self._kept = kept
 
@@ -325,13 +326,6 @@ class _Merged(Mapping[Tensor, dict[str, Any]]):
         return sum(1 for _ in self)
 
 
-class _AsItIs:
-    """A tensor that torch's load_state_dict does not round to its parameter's dtype."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
 def _ours(name: object) -> bool:
     return isinstance(name, str) and (name == SLOW or name.startswith(OF))
 
@@ -371,7 +365,7 @@ def _split(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             elif x.shape != params[i].shape:
                 raise ValueError(f"{name} of parameter {i} has shape {(*x.shape,)}, wanted {(*params[i].shape,)}")
             else:
-                mine.setdefault(i, {})[name] = _AsItIs(x)
+                mine.setdefault(i, {})[name] = AsItIs(x)
     if saved[0][STEP] > 0 and (missing := [i for i in params if i not in mine]):
         raise ValueError(f"{SLOW} is missing for parameter {missing[0]}")
     opt._loading = {**state_dict, "state": rest}
