@@ -271,6 +271,8 @@ def test_bad_gradients_and_states() -> None:
     with pytest.raises(ValueError, match=r"rows of a matrix can be lazy, got a parameter of shape \(3,\)"):
         opt.step()
     assert torch.equal(good, torch.ones(3, 2))
+    with pytest.raises(ValueError, match="a gradient is sparse in a group with lazy=False"):
+        LazyAdam([{"params": [good], "lazy": False}]).step()
     half = nn.Parameter(torch.ones(3, 2).half())
     half.grad = sparse([1], torch.ones(1, 2).half(), (3, 2))
     with pytest.raises(TypeError, match="tables must be of dtype"):
