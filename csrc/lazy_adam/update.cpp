@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <utility>
 
 #include "cpu.hpp"
 #include "half.hpp"
@@ -11,7 +13,7 @@ namespace pyseq::lazy_adam {
 namespace {
 
 constexpr int64_t kTogether = 64;  // rows a thread takes at once
-constexpr int64_t kAhead = 8;      // rows ahead that are fetched
+constexpr int64_t kAhead = 16;     // rows ahead that are fetched
 constexpr int kPowers = 256;       // powers of beta that are looked up
 
 // 32 random bits for an element; as in the reference.
@@ -45,17 +47,18 @@ template <class T> struct Row {
   uint64_t first;  // number of its first element
 };
 
-template <class P, class A, class T>
-[[gnu::always_inline]] inline void step(
-    const Table& t, int64_t id, const T* g, const Row<T>& r, const Bits& b0, const Bits& b1, const Bits& b2, const Bits& b3) {
+// Of one row with the gradient g.
+template <class P, class A, class G, class T>
+[[gnu::always_inline]] inline void step(const Table& t, int64_t id, const G* g, const Row<T>& r) {
   P* w = static_cast<P*>(t.param) + id * t.dim;
   A *m = static_cast<A*>(t.exp_avg) + id * t.dim, *v = static_cast<A*>(t.exp_avg_sq) + id * t.dim;
-  A* most = t.max_exp_avg_sq ? static_cast<A*>(t.max_exp_avg_sq) + id * t.dim : nullptr;
-  if (most) {
+  const Bits b0(t, 0), b1(t, 1), b2(t, 2), b3(t, 3);
+  if (t.max_exp_avg_sq) {
+    A* most = static_cast<A*>(t.max_exp_avg_sq) + id * t.dim;
 #pragma GCC ivdep
     for (int64_t d = 0; d < t.dim; ++d) {
-      const T mm = r.fade1 * T(widen(m[d])) + r.take1 * g[d], vv = r.fade2 * T(widen(v[d])) + r.take2 * (g[d] * g[d]);
-      const T before = T(widen(most[d])), top = before > vv ? before : vv;
+      const T x = T(widen(g[d])), mm = r.fade1 * T(widen(m[d])) + r.take1 * x;
+      const T vv = r.fade2 * T(widen(v[d])) + r.take2 * (x * x), before = T(widen(most[d])), top = before > vv ? before : vv;
       put(mm, m[d], b1, r.first + d), put(vv, v[d], b2, r.first + d), put(top, most[d], b3, r.first + d);
       put(T(widen(w[d])) * r.keep - r.rate * mm / (std::sqrt(top) * r.root + r.eps), w[d], b0, r.first + d);
     }
@@ -63,31 +66,14 @@ template <class P, class A, class T>
   }
 #pragma GCC ivdep
   for (int64_t d = 0; d < t.dim; ++d) {
-    const T mm = r.fade1 * T(widen(m[d])) + r.take1 * g[d], vv = r.fade2 * T(widen(v[d])) + r.take2 * (g[d] * g[d]);
+    const T x = T(widen(g[d])), mm = r.fade1 * T(widen(m[d])) + r.take1 * x;
+    const T vv = r.fade2 * T(widen(v[d])) + r.take2 * (x * x);
     put(mm, m[d], b1, r.first + d), put(vv, v[d], b2, r.first + d);
     put(T(widen(w[d])) * r.keep - r.rate * mm / (std::sqrt(vv) * r.root + r.eps), w[d], b0, r.first + d);
   }
 }
 
 template <class P> using Wide = decltype(widen(P{}));
-
-template <class P, class A> void step_v2(const Table& t, int64_t id, const void* g, const Row<Wide<P>>& r) {
-  step<P, A>(t, id, static_cast<const Wide<P>*>(g), r, Bits(t, 0), Bits(t, 1), Bits(t, 2), Bits(t, 3));
-}
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-template <class P, class A>
-__attribute__((target("avx2,fma"))) void step_v3(const Table& t, int64_t id, const void* g, const Row<Wide<P>>& r) {
-  step<P, A>(t, id, static_cast<const Wide<P>*>(g), r, Bits(t, 0), Bits(t, 1), Bits(t, 2), Bits(t, 3));
-}
-template <class P, class A>
-__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,prefer-vector-width=512"))) void step_v4(
-    const Table& t, int64_t id, const void* g, const Row<Wide<P>>& r) {
-  step<P, A>(t, id, static_cast<const Wide<P>*>(g), r, Bits(t, 0), Bits(t, 1), Bits(t, 2), Bits(t, 3));
-}
-#else
-#define step_v3 step_v2
-#define step_v4 step_v2
-#endif
 
 // Rows seen in order, each with the positions of its gradients: position order[begin[s]], .., of row id[s].
 struct Seen {
@@ -96,21 +82,24 @@ struct Seen {
 
 // False where an index is no row's.
 bool sort_rows(const Table& t, Seen& seen) {
+  constexpr int digit = 11, most = 3;  // bits; digits of a row
   std::vector<uint64_t> keys(t.count), other(t.count);
-  uint64_t most = 0;
+  std::vector<int64_t> counts(most << digit);
+  uint64_t last = 0;
   for (int64_t i = 0; i < t.count; ++i) {
-    if (t.indices[i] < 0 || t.indices[i] >= t.rows) return false;
-    keys[i] = uint64_t(t.indices[i]) << 32 | uint64_t(i);
-    most = std::max(most, uint64_t(t.indices[i]));
+    const uint64_t row = uint64_t(t.indices[i]);
+    if (row >= uint64_t(t.rows)) return false;
+    keys[i] = row << 32 | uint64_t(i);
+    last = std::max(last, row);
+    for (int k = 0; k < most; ++k) ++counts[k << digit | (row >> k * digit & ((1 << digit) - 1))];
   }
-  for (int shift = 32; shift < 64 && most >> (shift - 32); shift += 11) {
-    int64_t starts[2049] = {};
-    for (const uint64_t key : keys) ++starts[(key >> shift & 2047) + 1];
-    for (int i = 0; i < 2048; ++i) starts[i + 1] += starts[i];
-    for (const uint64_t key : keys) other[starts[key >> shift & 2047]++] = key;
+  for (int k = 0; k < most && last >> k * digit; ++k) {
+    int64_t* at = counts.data() + (k << digit);
+    for (int64_t i = 0, sum = 0; i < 1 << digit; ++i) sum += std::exchange(at[i], sum);
+    for (const uint64_t key : keys) other[at[key >> (32 + k * digit) & ((1 << digit) - 1)]++] = key;
     keys.swap(other);
   }
-  seen.order.resize(t.count);
+  seen.order.resize(t.count), seen.begin.reserve(t.count + 1), seen.id.reserve(t.count);
   for (int64_t i = 0; i < t.count; ++i) {
     const int64_t id = int64_t(keys[i] >> 32);
     seen.order[i] = int64_t(keys[i] & 0xffffffff);
@@ -139,30 +128,36 @@ struct Call {
   int level;
 };
 
-// All rows of one table, by threads that take kTogether of them at once.
+// Some rows of one table, by one thread.
 template <class P, class A, class G> class Worker {
  public:
   using T = Wide<P>;
 
-  Worker(const Table& t, const Call& call) : t_(t), call_(call), sum_(t.dim), wide_(t.dim), part_(t.dim) {
-    step_ = call.level >= 4 ? step_v4<P, A> : call.level == 3 ? step_v3<P, A> : step_v2<P, A>;
+  Worker(const Table& t, const Call& call) : t_(t), call_(call), sum_(t.dim), part_(t.dim), wide_(t.dim) {
+    const Options& o = call.o;
+    row_.take1 = T(o.maximize ? o.beta1 - 1 : 1 - o.beta1), row_.take2 = T(1 - o.beta2);
+    row_.keep = T(1 - o.lr * o.weight_decay), row_.eps = T(o.eps);
   }
 
-  void run(const Seen& seen, int64_t first, int64_t last) {
+  [[gnu::always_inline]] void run(const Seen& seen, int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) {
-      if (s + kAhead < last) fetch(seen.id[s + kAhead], seen.order[seen.begin[s + kAhead]]);
-      const int64_t count = seen.begin[s + 1] - seen.begin[s];
-      const int64_t* from = seen.order.data() + seen.begin[s];
-      if (count > 1) add_up(from, count, values(), t_.dim, sum_.data(), part_.data());
-      one(seen.id[s], count > 1 ? nullptr : values() + *from * t_.dim);
+      if (s + kAhead < int64_t(seen.id.size())) fetch(seen.id[s + kAhead], seen.order[seen.begin[s + kAhead]]);
+      const int64_t count = seen.begin[s + 1] - seen.begin[s], *from = seen.order.data() + seen.begin[s];
+      if (count == 1) {
+        one(seen.id[s], values() + *from * t_.dim);
+      } else {
+        add_up(from, count, values(), t_.dim, sum_.data(), part_.data());
+        for (int64_t d = 0; d < t_.dim; ++d) wide_[d] = T(sum_[d]);
+        one(seen.id[s], wide_.data());
+      }
     }
   }
 
   // Of dense gradients; rows of zeros are not seen.
-  void run_dense(int64_t first, int64_t last) {
+  [[gnu::always_inline]] void run_dense(int64_t first, int64_t last) {
     for (int64_t id = first; id < last; ++id) {
       const G* g = values() + id * t_.dim;
-      bool any = false;
+      int any = 0;
       for (int64_t d = 0; d < t_.dim; ++d) any |= widen(g[d]) != 0;
       if (any) one(id, g);
     }
@@ -171,9 +166,11 @@ template <class P, class A, class G> class Worker {
  private:
   const G* values() const { return static_cast<const G*>(t_.values); }
 
-  void fetch(int64_t id, int64_t position) const {
+  // Into the second cache: more of them are on their way at once than into the first.
+  [[gnu::always_inline]] void fetch(int64_t id, int64_t position) const {
     const auto lines = [&](const void* p, size_t bytes) {
-      for (size_t at = 0; at < std::min<size_t>(bytes, 512); at += 64) __builtin_prefetch(static_cast<const char*>(p) + at);
+      for (size_t at = 0; at < std::min<size_t>(bytes, 512); at += 64)
+        __builtin_prefetch(static_cast<const char*>(p) + at, 0, 2);
     };
     lines(static_cast<const P*>(t_.param) + id * t_.dim, t_.dim * sizeof(P));
     lines(static_cast<const A*>(t_.exp_avg) + id * t_.dim, t_.dim * sizeof(A));
@@ -181,36 +178,34 @@ template <class P, class A, class G> class Worker {
     lines(values() + position * t_.dim, t_.dim * sizeof(G));
   }
 
-  // g: null where the gradient is in sum_.
-  void one(int64_t id, const G* g) {
-    const T sign = call_.o.maximize ? T(-1) : T(1);
-    T check = 0;
-    for (int64_t d = 0; d < t_.dim; ++d) {
-      wide_[d] = sign * (g ? T(widen(g[d])) : T(sum_[d]));
-      check += wide_[d] * 0;
-    }
-    if (check != 0) return;  // a gradient that is no number
+  template <class X> [[gnu::always_inline]] void one(int64_t id, const X* g) {
+    const T inf = std::numeric_limits<T>::infinity();
+    int odd = 0;
+    for (int64_t d = 0; d < t_.dim; ++d) odd |= !(std::abs(T(widen(g[d]))) < inf);
+    if (odd) return;  // a gradient that is no number
     const Options& o = call_.o;
     const int64_t since = o.decay ? t_.step - t_.last[id] : 1, age = o.row_bias ? t_.touches[id] + 1 : t_.step;
-    const double root = std::sqrt(1 - call_.power2(age)), rate = o.lr / (1 - call_.power1(age));
-    const Row<T> row{T(call_.power1(since)), T(call_.power2(since)), T(1 - o.beta1), T(1 - o.beta2),
-                     T(1 - o.lr * o.weight_decay), T(rate), T(1 / root), T(o.eps), uint64_t(id) * uint64_t(t_.dim)};
-    step_(t_, id, wide_.data(), row);
+    if (since != since_) since_ = since, row_.fade1 = T(call_.power1(since)), row_.fade2 = T(call_.power2(since));
+    if (age != age_) {
+      age_ = age, row_.rate = T(o.lr / (1 - call_.power1(age)));
+      row_.root = T(1 / std::sqrt(1 - call_.power2(age)));
+    }
+    row_.first = uint64_t(id) * uint64_t(t_.dim);
+    step<P, A>(t_, id, g, row_);
     if (t_.last) t_.last[id] = int32_t(t_.step);
     if (t_.touches) ++t_.touches[id];
   }
 
   const Table& t_;
   const Call& call_;
-  std::vector<double> sum_;
+  std::vector<double> sum_, part_;
   std::vector<T> wide_;
-  std::vector<double> part_;
-  void (*step_)(const Table&, int64_t, const void*, const Row<T>&);
+  Row<T> row_;
+  int64_t since_ = -1, age_ = -1;  // of row_
 };
 
-using Run = void (*)(const Table&, const Call&, const Seen*, int64_t, int64_t);
-
-template <class P, class A, class G> void run(const Table& t, const Call& call, const Seen* seen, int64_t first, int64_t last) {
+template <class P, class A, class G>
+[[gnu::always_inline]] inline void run(const Table& t, const Call& call, const Seen* seen, int64_t first, int64_t last) {
   Worker<P, A, G> worker(t, call);
   if (seen)
     worker.run(*seen, first, last);
@@ -218,22 +213,46 @@ template <class P, class A, class G> void run(const Table& t, const Call& call, 
     worker.run_dense(first, last);
 }
 
+using Run = void (*)(const Table&, const Call&, const Seen*, int64_t, int64_t);
+
+template <class P, class A, class G> void run_v2(const Table& t, const Call& c, const Seen* s, int64_t first, int64_t last) {
+  run<P, A, G>(t, c, s, first, last);
+}
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+template <class P, class A, class G>
+__attribute__((target("avx2,fma"))) void run_v3(const Table& t, const Call& c, const Seen* s, int64_t first, int64_t last) {
+  run<P, A, G>(t, c, s, first, last);
+}
+template <class P, class A, class G>
+__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,prefer-vector-width=512"))) void run_v4(
+    const Table& t, const Call& c, const Seen* s, int64_t first, int64_t last) {
+  run<P, A, G>(t, c, s, first, last);
+}
+#else
+#define run_v3 run_v2
+#define run_v4 run_v2
+#endif
+
+template <class P, class A, class G> Run at(int level) {
+  return level >= 4 ? run_v4<P, A, G> : level == 3 ? run_v3<P, A, G> : run_v2<P, A, G>;
+}
+
 // Null where there is none.
-Run runner(Type type, Type average, Type value) {
-  if (type == kFloat && average == kFloat && value == kFloat) return run<float, float, float>;
-  if (type == kDouble && average == kDouble && value == kDouble) return run<double, double, double>;
-  if (type == kFloat && average == kBfloat16 && value == kFloat) return run<float, Bfloat16, float>;
+Run runner(Type type, Type average, Type value, int level) {
+  if (type == kFloat && average == kFloat && value == kFloat) return at<float, float, float>(level);
+  if (type == kDouble && average == kDouble && value == kDouble) return at<double, double, double>(level);
+  if (type == kFloat && average == kBfloat16 && value == kFloat) return at<float, Bfloat16, float>(level);
   if (type != kBfloat16) return nullptr;
-  if (average == kFloat && value == kFloat) return run<Bfloat16, float, float>;
-  if (average == kFloat && value == kBfloat16) return run<Bfloat16, float, Bfloat16>;
-  if (average == kBfloat16 && value == kFloat) return run<Bfloat16, Bfloat16, float>;
-  if (average == kBfloat16 && value == kBfloat16) return run<Bfloat16, Bfloat16, Bfloat16>;
+  if (average == kFloat && value == kFloat) return at<Bfloat16, float, float>(level);
+  if (average == kFloat && value == kBfloat16) return at<Bfloat16, float, Bfloat16>(level);
+  if (average == kBfloat16 && value == kFloat) return at<Bfloat16, Bfloat16, float>(level);
+  if (average == kBfloat16 && value == kBfloat16) return at<Bfloat16, Bfloat16, Bfloat16>(level);
   return nullptr;
 }
 
 }  // namespace
 
-bool serves(Type type, Type average, Type value) { return runner(type, average, value) != nullptr; }
+bool serves(Type type, Type average, Type value) { return runner(type, average, value, 0) != nullptr; }
 
 int update(const std::vector<Table>& tables, const Options& options) {
   const Call call{options, Powers(options.beta1), Powers(options.beta2), cpu_level(options.level)};
@@ -255,7 +274,7 @@ int update(const std::vector<Table>& tables, const Options& options) {
     const size_t k = std::upper_bound(ends.begin(), ends.end(), block) - ends.begin();
     const Table& t = tables[k];
     const int64_t first = (block - (k ? ends[k - 1] : 0)) * kTogether, last = std::min(first + kTogether, rows(k));
-    runner(t.type, t.average, t.value)(t, call, options.dense ? nullptr : &seen[k], first, last);
+    runner(t.type, t.average, t.value, call.level)(t, call, options.dense ? nullptr : &seen[k], first, last);
   });
   return kOk;
 }
