@@ -16,7 +16,7 @@ from pyseq.kernels.lazy_adam import BAD_ROW, CHUNK, Tables
 
 __all__ = ["update"]
 _DIGIT = 11  # bits of a row's number that are sorted at once
-_AHEAD = 8  # rows ahead that are fetched
+_AHEAD = 16 # rows ahead that are fetched
 
 
 @intrinsic
@@ -29,7 +29,7 @@ def _fetch(_, array, i, d):
         word, byte = ir.IntType(32), ir.IntType(8).as_pointer()
         prefetch = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
         known = cgutils.get_or_insert_function(builder.module, prefetch, "llvm.prefetch.p0")
-        builder.call(known, [builder.bitcast(at, byte), word(1), word(3), word(1)])
+        builder.call(known, [builder.bitcast(at, byte), word(0), word(2), word(1)])
 
     return types.void(array, types.intp, types.intp), code
 
