@@ -12,7 +12,7 @@ from torch.optim.adam import adam
 from pyseq.kernels.lazy_adam import Tables
 from pyseq.ops import _lazy_adam
 from pyseq.ops.lazy_adam import hyper_of
-from pyseq.optim._state import AsItIs, protected
+from pyseq.optim._state import AsItIs, protected, state_like
 
 Semantics = Literal["skip", "decay"]
 BiasCorrection = Literal["global", "row"]
@@ -105,6 +105,9 @@ class LazyAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found = [self._sorted(group) for group in self.param_groups]
+        if sum(map(bool, (x for each in found for x in each))) > 1:  # else the kernel looks before it writes
+            for p in (p for sparse, _, _ in found for p in sparse):
+                _check_rows(p)
         for group, (sparse, rows, dense) in zip(self.param_groups, found, strict=True):
             self._lazy(group, sparse, False)
             self._lazy(group, rows, True)
@@ -113,8 +116,7 @@ class LazyAdam(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Of a LazyAdam with parameters of these shapes, else ValueError, and nothing is loaded then."""
-        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= {*state_dict}:
-            raise TypeError("state_dict must be a dict with state and param_groups, as state_dict() gives it")
+        state_like(state_dict)
         self._refuse(state_dict)
         super().load_state_dict({**state_dict, "state": protected(state_dict["state"])})
         for p, entries in self.state.items():
@@ -179,8 +181,13 @@ class LazyAdam(Optimizer):
             half = [torch.bfloat16 in (p.dtype, s["exp_avg"].dtype) for p, s in zip(on, states, strict=True)]
             for some in (False, True):
                 of = [i for i, h in enumerate(half) if h is some]
-                if of:
+                if not of:
+                    continue
+                try:
                     self._update(group, [on[i] for i in of], [grads[i] for i in of], [states[i] for i in of], dense)
+                except ValueError:
+                    torch._foreach_sub_([s["step"] for s in states], 1)
+                    raise
 
     def _update(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[Any], dense: bool
@@ -205,15 +212,17 @@ class LazyAdam(Optimizer):
         _lazy_adam.update(tables, decay, row_bias, group["maximize"], dense)
 
     def _hyper(self, group: dict[str, Any], device: torch.device) -> Tensor:
+        """Made once, for nothing may come from the host while a graph is captured."""
         lr, rest = group["lr"], (*group["betas"], group["eps"], group["weight_decay"])
-        if isinstance(lr, Tensor):
-            return hyper_of(torch.empty(0, device=device), lr, *rest)
-        key = (device, lr, *rest)
+        key = (device, None if isinstance(lr, Tensor) else lr, *rest)
         if key not in self._numbers:
             if len(self._numbers) > 63:
                 self._numbers.clear()
-            self._numbers[key] = hyper_of(torch.empty(0, device=device), lr, *rest)
-        return self._numbers[key]
+            self._numbers[key] = hyper_of(torch.empty(0, device=device), 0.0 if isinstance(lr, Tensor) else lr, *rest)
+        numbers = self._numbers[key]
+        if not isinstance(lr, Tensor):
+            return numbers
+        return torch.cat([lr.detach().to(device, torch.float64).view(1), numbers[1:]])
 
     def _dense(self, group: dict[str, Any], params: list[Tensor]) -> None:
         if not params:
@@ -265,6 +274,17 @@ class LazyAdam(Optimizer):
                 if name in entries and entries[name].shape != params[i].shape:
                     got = (*entries[name].shape,)
                     raise ValueError(f"{name} of parameter {i} has shape {got}, wanted {(*params[i].shape,)}")
+
+
+def _check_rows(p: Tensor) -> None:
+    """ValueError for a sparse gradient of a row that there is not; on the CPU."""
+    assert p.grad is not None
+    rows = p.grad._indices()[0]
+    if rows.device.type == "cpu" and len(rows):
+        least, most = (int(x) for x in rows.aminmax())
+        if least < 0 or most >= p.size(0):
+            row = least if least < 0 else most
+            raise ValueError(f"a table has rows 0 to {p.size(0) - 1}, and a gradient for row {row}")
 
 
 def _check(group: dict[str, Any]) -> None:

@@ -14,16 +14,16 @@ from torch.optim import Optimizer
 
 from pyseq.kernels.lookahead import Pairs
 from pyseq.ops import _lookahead
-from pyseq.optim._state import AsItIs
+from pyseq.optim._rows import Moved
+from pyseq.optim._state import AsItIs, Merged, Wrapper, innermost, name_of, state_like
 
 Momentum = Literal["keep", "reset", "pullback"]
 SLOW, STEP, K, ALPHA, SHOWN = (f"lookahead_{name}" for name in ("slow", "step", "k", "alpha", "shown"))
 OF = f"{SLOW}_"  # begins the names of slow momenta
 PLAIN = {Tensor, torch.nn.Parameter}
-VIEW = "this is a view; change opt.optimizer.state, or load a state dict"
 
 
-class Lookahead(Optimizer):
+class Lookahead(Wrapper):
     """Wraps an optimizer; after every k-th step slow weights move towards the fast ones, which start again from there.
 
     slow := slow + alpha (fast - slow), then fast := slow. Slow weights are the weights before the first step, and taken
@@ -55,12 +55,10 @@ class Lookahead(Optimizer):
     3.0239999294281006
     """
 
-    optimizer: Optimizer
-
     def __init__(self, optimizer: Optimizer, k: int = 5, alpha: float = 0.5, momentum: Momentum = "keep") -> None:
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, Lookahead):
             wanted = "an optimizer such as torch.optim.Adam(model.parameters()), no Lookahead"
-            raise TypeError(f"optimizer must be {wanted}, got {_name(optimizer)}")
+            raise TypeError(f"optimizer must be {wanted}, got {name_of(optimizer)}")
         if momentum not in ("keep", "reset", "pullback"):
             raise ValueError(f"momentum must be 'keep', 'reset' or 'pullback', got {momentum!r}")
         super().__init__([{"params": []}], {})  # hooks; the groups are the inner optimizer's
@@ -73,20 +71,10 @@ class Lookahead(Optimizer):
         self.momentum, self.defaults = momentum, optimizer.defaults
         self._k, self._alpha = k, alpha
         self._kept: dict[Tensor, dict[str, Tensor]] = {}  # slow weights and, for pullback, slow momenta
-        self._stepping = False
+        self._stepping, self._moved = False, Moved()
         self._loading: dict[str, Any] = {}
-        self._fresh = _fresh_state(optimizer) if momentum == "reset" and optimizer.state else {}
+        self._fresh = _fresh_state(innermost(optimizer)) if momentum == "reset" and optimizer.state else {}
         self.optimizer = optimizer
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The inner optimizer's."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        if "optimizer" in self.__dict__:
-            self.optimizer.param_groups = groups
 
     @property
     def state(self) -> Any:
@@ -95,12 +83,12 @@ class Lookahead(Optimizer):
             self._make_state()
             self._take(self.param_groups)
             self._take_momenta(self.param_groups)
-        return _Merged(self.optimizer.state, self._kept)
+        return Merged(self.optimizer.state, self._kept)
 
     @state.setter
     def state(self, state: Any) -> None:
         if "optimizer" in self.__dict__:
-            raise TypeError(VIEW)
+            raise TypeError("this is a view; change opt.optimizer.state, or load a state dict")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """To the inner optimizer; its slow weights are its weights of now."""
@@ -118,15 +106,11 @@ class Lookahead(Optimizer):
                 self._kept.pop(p, None)
             self._take(groups[-1:])
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Of the inner optimizer."""
-        self.optimizer.zero_grad(set_to_none)
-
     def restart(self) -> None:
         """Start a cycle here: the slow weights will be the weights before the next step."""
         for group in self.param_groups:
             group[STEP] = 0
-        self._kept = {}
+        self._kept, self._moved = {}, Moved()
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # the inner optimizer's is compiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -140,14 +124,17 @@ class Lookahead(Optimizer):
                     self._reset(group)
                     group[SHOWN] = 0
             if clock == 0:
-                self._kept = {}
+                self._kept, self._moved = {}, Moved()
                 self._take(groups)
             for group in groups:
                 _settle(group, self._k, self._alpha)
             due = [group for group in groups if (clock + 1) % group[K] == 0]
             for group in due:
                 self._follow(group)
+            if self.momentum == "keep":
+                self._moved.before(inner, groups)
             loss = inner.step() if closure is None else inner.step(closure)
+            self._moved.after(inner, closure is not None)
             if clock == 0:
                 self._take_momenta(groups)
             for group in groups:
@@ -192,8 +179,7 @@ class Lookahead(Optimizer):
 
         Groups come with their k and alpha; the momentum mode is this object's.
         """
-        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= {*state_dict}:
-            raise TypeError("state_dict must be a dict with state and param_groups, as state_dict() gives it")
+        state_like(state_dict)
         guard = self.register_load_state_dict_pre_hook(_split)  # after the user's
         try:
             super().load_state_dict(state_dict)
@@ -208,10 +194,11 @@ class Lookahead(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "optimizer" in state:  # a copy, or out of a pickle
             super().__setstate__(state)
+            self._moved = Moved()
             return
         kept = {p: {name: x.on(p.device) for name, x in e.items()} for p, e in state["state"].items()}
         self.optimizer.load_state_dict(self._loading)
-        self._kept = kept
+        self._kept, self._moved = kept, Moved()
 
     def _take(self, groups: list[dict[str, Any]]) -> None:
         """Slow weights where there are none."""
@@ -244,21 +231,28 @@ class Lookahead(Optimizer):
 
     def _synchronise(self, group: dict[str, Any]) -> None:
         params: list[Tensor] = group["params"]
-        momenta = self._take_momenta([group])
-        fast = params + [x for x, _ in momenta]
-        slow = [self._kept[p][SLOW] for p in params] + [last for _, last in momenta]
+        rows = {p: self._moved.take(p) for p in params}
+        few = [(p.detach(), self._kept[p][SLOW], r) for p, r in rows.items() if r is not None]
+        parts = [(p[r], slow[r]) for p, slow, r in few]
+        pairs = [(p, self._kept[p][SLOW]) for p in params if rows[p] is None] + self._take_momenta([group]) + parts
+        fast, slow = [x for x, _ in pairs], [x for _, x in pairs]
         if not PLAIN.issuperset(map(type, fast)):
             fast, slow = ([_local(x) for x in each] for each in (fast, slow))
         devices = [x.device for x in fast]
         for device in {*devices}:
             on = [device == x for x in devices]
             _lookahead.update(Pairs([*compress(fast, on)], [*compress(slow, on)]), group[ALPHA])
+        for (p, kept, r), (x, y) in zip(few, parts, strict=True):
+            p.index_copy_(0, r, x)
+            kept.index_copy_(0, r, y)
+        for p in params:
+            self._moved.settled(p)
         if self.momentum == "reset":
             self._reset(group)
 
     def _reset(self, group: dict[str, Any]) -> None:
         """Also the count of steps that some optimizers keep in the group."""
-        inner = self.optimizer
+        inner = innermost(self.optimizer)
         if "step" in group:
             group.pop("step")
             group.update({"step": inner.defaults["step"]} if "step" in inner.defaults else {})
@@ -270,7 +264,7 @@ class Lookahead(Optimizer):
     def _make_state(self) -> None:
         """The inner optimizer's state as its next step will begin, where it makes it only then: by a step of a copy, on
         copies of the parameters, with gradients of zero."""
-        inner = self.optimizer
+        inner = innermost(self.optimizer)
         given = [g for g in inner.param_groups if not any(p in inner.state for p in g["params"])]
         originals: dict[Tensor, Tensor] = {}
         groups = []
@@ -302,30 +296,6 @@ class Lookahead(Optimizer):
 _OWN = ("_k", "_alpha", "_kept", "_stepping", "_loading", "_fresh")
 
 
-class _Merged(Mapping[Tensor, dict[str, Any]]):
-    """What two mappings say of each parameter."""
-
-    def __init__(self, *parts: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        self.parts = parts
-
-    def __getitem__(self, p: Tensor) -> Any:
-        found = [part[p] for part in self.parts if p in part]
-        if not found:
-            raise KeyError(p)
-        return found[0] if len(found) == 1 else {name: x for each in found for name, x in each.items()}
-
-    def __setitem__(self, *_: object) -> None:
-        raise TypeError(VIEW)
-
-    __delitem__ = pop = clear = update = setdefault = __setitem__
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(dict.fromkeys(p for part in self.parts for p in part))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
 def _ours(name: object) -> bool:
     return isinstance(name, str) and (name == SLOW or name.startswith(OF))
 
@@ -351,7 +321,7 @@ def _split(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         _settle({K: theirs.get(K), ALPHA: theirs.get(ALPHA), "params": []}, opt._k, opt._alpha)
         if {*ours} - {*theirs} and {*theirs} - {*ours}:
             strange = ", ".join(sorted({*theirs} - {*ours}))
-            raise ValueError(f"this is the state of another optimizer than {_name(opt.optimizer)}: it has {strange}")
+            raise ValueError(f"this is the state of another optimizer than {name_of(opt.optimizer)}: it has {strange}")
     params = {i: p for a, b in zip(saved, groups, strict=False) for i, p in zip(a["params"], b["params"], strict=False)}
     mine: dict[Any, dict[str, Any]] = {}
     rest: dict[Any, Any] = {}
@@ -407,7 +377,7 @@ def _at_first(name: str, x: Any) -> Any:
 def _fresh_state(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
     """Of an optimizer that makes its state when it is constructed: the state of another one of its kind."""
     wanted = inspect.signature(type(optimizer)).parameters
-    defaults = {name: x for name, x in optimizer.defaults.items() if name in wanted}
+    defaults = {name: x for name, x in (vars(optimizer) | optimizer.defaults).items() if name in wanted}
     again = type(optimizer)([dict(group) for group in optimizer.param_groups], **defaults)
     return dict(again.state)
 
@@ -424,7 +394,3 @@ def _wide(x: Tensor) -> torch.dtype:
 def _local(x: Tensor) -> Tensor:
     """This process's part of a DTensor."""
     return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[no-any-return]
-
-
-def _name(x: object) -> str:
-    return type(x).__name__

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from pyseq.optim import LazyAdam
+from pyseq.optim import LazyAdam, clip_grad_norm_
 
 WAYS: list[dict[str, Any]] = [
     {}, {"semantics": "decay"}, {"bias_correction": "row"}, {"semantics": "decay", "bias_correction": "row"},
@@ -283,3 +283,96 @@ def test_bad_gradients_and_states() -> None:
     wide = LazyAdam([nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3))])
     with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(3, 4\), wanted \(3, 2\)"):
         opt.load_state_dict(wide.state_dict())
+
+
+def test_a_bad_row_anywhere_leaves_everything_as_it_was() -> None:
+    """Also tables that come before it, and their counts of steps."""
+    for alone in (True, False):
+        tables = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(4, 2))]
+        opt = LazyAdam([{"params": [p]} for p in tables])
+        for p, row in zip(tables, (1, 2), strict=True):
+            p.grad = sparse([row], torch.ones(1, 2), (p.size(0), 2))
+        opt.step()
+        before = copy.deepcopy((tables, [opt.state[p] for p in tables]))
+        wrong = torch.sparse_coo_tensor(torch.tensor([[4]]), torch.ones(1, 2), (4, 2), check_invariants=False)
+        tables[1].grad = wrong
+        if alone:
+            tables[0].grad = None
+        with pytest.raises(ValueError, match="has rows 0 to 3, and a gradient for row 4"):
+            opt.step()
+        for p, state, old, was in zip(tables, [opt.state[p] for p in tables], *before, strict=True):
+            assert torch.equal(p, old)
+            assert all(torch.equal(x, was[name]) for name, x in state.items())
+
+
+def test_scaler() -> None:
+    """Scaled gradients are unscaled, clipped and stepped; a step that is skipped does not count."""
+    net, right = Net(), Net()
+    opts = [LazyAdam(n.parameters(), lr=0.05) for n in (net, right)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for i, rows in enumerate(batches(5)):
+        for opt in opts:
+            opt.zero_grad()
+        scaler.scale(net(rows) * (torch.inf if i == 2 else 1)).backward()
+        scaler.unscale_(opts[0])
+        clip_grad_norm_(net.parameters(), 0.1)
+        scaler.step(opts[0])
+        scaler.update()
+        if i != 2:
+            right(rows).backward()
+            clip_grad_norm_(right.parameters(), 0.1)
+            opts[1].step()
+        for p, q in zip(net.parameters(), right.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+    assert opts[0].state[net.table.weight]["step"] == 4
+
+
+def test_compiled_step() -> None:
+    net, plain = Net(), Net()
+    opt, other = (LazyAdam(n.parameters(), lr=torch.tensor(0.05)) for n in (net, plain))
+    torch.compiler.reset()
+    compiled = torch.compile(lambda: opt.step(), backend="aot_eager")
+    for rows in batches(4):
+        for n in (net, plain):
+            n.zero_grad()
+            n(rows).backward()
+        compiled(), other.step()
+        for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+    torch.compiler.reset()
+
+
+@pytest.mark.gpu
+def test_a_captured_step() -> None:
+    """In a CUDA graph, and without a wait for the device outside of one."""
+    captured, plain = Net().cuda(), Net().cuda()
+    opts = [LazyAdam(n.parameters(), torch.tensor(0.05, device="cuda"), capturable=True) for n in (captured, plain)]
+    rows = [x.cuda() for x in batches(8)]
+    given = rows[0].clone()
+
+    def step() -> None:
+        opts[0].zero_grad(set_to_none=True)
+        captured(given).backward()
+        opts[0].step()
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for x in rows[:3]:
+            given.copy_(x)
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    given.copy_(rows[3])
+    with torch.cuda.graph(graph):
+        step()
+    for x in rows[3:]:
+        given.copy_(x)
+        graph.replay()
+    for i, x in enumerate(rows):
+        plain.zero_grad()
+        plain(x).backward()
+        torch.cuda.set_sync_debug_mode("error" if i > 1 else "default")
+        opts[1].step()
+        torch.cuda.set_sync_debug_mode("default")
+    for p, q in zip(captured.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
