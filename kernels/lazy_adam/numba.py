@@ -16,7 +16,7 @@ from pyseq.kernels.lazy_adam import BAD_ROW, CHUNK, Tables
 
 __all__ = ["update"]
 _DIGIT = 11  # bits of a row's number that are sorted at once
-_AHEAD = 16 # rows ahead that are fetched
+_AHEAD = 16  # rows ahead that are fetched
 
 
 @intrinsic
