@@ -1,11 +1,12 @@
 """A step of Adam on embedding tables of which it sees few rows: other rows in every call, so that no cache flatters."""
 
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from _runner import Call, Mode, Provider, Room, Tensors, Work, Workload, ours, serving
+from _runner import Call, Mode, Provider, Room, Tensors, Unavailable, Work, Workload, ours, serving
 from torch import Tensor
 
 from pyseq import ops
@@ -50,6 +51,16 @@ def stepped(x: Tensors) -> Tensors:
     return {"rows": torch.cat(out)}
 
 
+def adagrad(x: Tensors) -> Tensors:
+    """The same of row-wise Adagrad, which keeps one number a row."""
+    out = []
+    for table, rows, values in zip(x["tables"], x["indices"][0], x["values"], strict=True):
+        seen, inverse = rows.unique(return_inverse=True)
+        grad = torch.zeros(len(seen), table.size(1), dtype=values.dtype).index_add(0, inverse, values)
+        out.append((table[seen] - LR * grad / (grad.square().mean(1, keepdim=True).sqrt() + EPS)).flatten())
+    return {"rows": torch.cat(out)}
+
+
 def viewed(x: Tensors, found: list[Tensor]) -> Tensors:
     """Of tables as they are after one call."""
     if isinstance(found, dict):
@@ -63,6 +74,11 @@ def work(x: Tensors) -> Work:
     _, n, dim = x["values"].shape
     count = len(x["tables"])
     return Work(units=count * n, fmas=0, bytes=4 * dim * (6 * seen + count * n) + 8 * count * n)
+
+
+def dense_work(x: Tensors) -> Work:
+    """Weights and two averages read and written, gradients read."""
+    return Work(units=work(x).units, fmas=0, bytes=28 * x["tables"].numel())
 
 
 def steps(x: Tensors, make: Callable[[list[Tensor]], Any], sparse: bool = True) -> Call:
@@ -115,21 +131,59 @@ def dense_adam(x: Tensors) -> Call:
     return steps(x, lambda params: torch.optim.Adam(params, LR, BETAS, EPS, fused=True), sparse=False)
 
 
-LAZY = {"step": lazy}
+def dense_foreach(x: Tensors) -> Call:
+    return steps(x, lambda params: torch.optim.Adam(params, LR, BETAS, EPS, foreach=True), sparse=False)
+
+
+def lazy_dense(x: Tensors) -> Call:
+    if serving(ops.lazy_adam_update_, [x["tables"][0]]) != "cpp":
+        raise Unavailable("no backend takes part in steps of dense parameters")
+    return steps(x, lambda params: LazyAdam(params, LR, BETAS, EPS), sparse=False)
+
+
+def fbgemm(x: Tensors) -> Call:
+    """With its look-up, for the update is a part of its backward pass."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from fbgemm_gpu import split_table_batched_embeddings_ops_training as tables
+    (_, n, dim), rows = x["values"].shape, x["tables"].size(1)
+    one = (rows, dim, tables.EmbeddingLocation.HOST, tables.ComputeDevice.CPU)
+    kind = tables.OptimType.EXACT_ROWWISE_ADAGRAD
+    module = tables.SplitTableBatchedEmbeddingBagsCodegen(
+        [one] * len(x["tables"]), optimizer=kind, learning_rate=LR, eps=EPS
+    )
+    weights = module.split_embedding_weights()
+    for weight, table in zip(weights, x["tables"], strict=True):
+        weight.copy_(table)
+    offsets = torch.arange(x["indices"][0].numel() + 1)
+    grad = x["values"].transpose(0, 1).reshape(n, -1)
+    turn = itertools.cycle([rows.flatten() for rows in x["indices"]])
+
+    def call() -> list[Tensor]:
+        module(next(turn), offsets).backward(grad)
+        return weights  # type: ignore[no-any-return]
+
+    return call
+
+
+LAZY = {"step": lazy, "dense": lazy_dense}
+ADAGRAD = Mode("Adagrad", adagrad, adagrad, work, viewed)
 
 ROOM = Room(
     workloads=WORKLOADS,
     inputs=inputs,
-    modes=(Mode("step", stepped, stepped, work, viewed),),
+    modes=(Mode("step", stepped, stepped, work, viewed), Mode("dense", stepped, stepped, dense_work, viewed)),
     providers=(
-        Provider("SparseAdam", "torch", {"step": sparse_adam}),
+        Provider("torch.optim", "torch", {"step": sparse_adam, "dense": dense_foreach}),
         Provider("Adam(fused)", "torch", {"step": dense_adam}),
         *ours(LAZY),
         *ours({"step": lazy_decay}, "cpp", variant=" (decay)"),
+        Provider("FBGEMM row-wise Adagrad", "fbgemm-gpu-cpu", {"step": fbgemm}, yardstick=ADAGRAD),
     ),
     unit="gradients",
-    baseline="SparseAdam",
+    baseline="torch.optim",
     headlines={"`optim.LazyAdam` step": ("step", "words")},
-    objection="SparseAdam is Python over many operations, each a pass; its eps acts otherwise. The rows of a step come "
-    "anew out of memory, so nobody can be faster than the time of their bytes, to which the table holds us.",
+    objection="torch.optim is SparseAdam, for dense parameters Adam(foreach=True). SparseAdam is Python over many "
+    "operations, each a pass; its eps acts otherwise. The rows of a step come anew out of memory, so nobody can be "
+    "faster than the time of their bytes, to which the table holds us.",
 )

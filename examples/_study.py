@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,29 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     mean, n = statistics.mean(values), len(values)
     reach = STUDENT[min(n, 6) - 2] * statistics.stdev(values) / n**0.5 if n > 1 else float("inf")
     return mean - reach, mean + reach
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What paired gains, above 0 where a claim is right, say of it."""
+
+    gains: list[float]
+    of: str = "seeds"  # what the pairs are
+    unit: str = "points"
+    digits: int = 2
+
+    @property
+    def holds(self) -> bool:
+        return interval(self.gains)[0] > 0
+
+    def __str__(self) -> str:
+        low, high = interval(self.gains)
+        contrary = ": the numbers say the contrary" if high < 0 else ""
+        doubt = ", which has 0 in it" if low <= 0 <= high else ""
+        numbers = f"{spread(self.gains, self.digits)} {self.unit}, N = {len(self.gains)} {self.of}"
+        reach = f"{low:.{self.digits}f} to {high:.{self.digits}f}"
+        verdict = "holds" if self.holds else f"does not hold{contrary}"
+        return f"{verdict} ({numbers}, 95 % interval {reach}{doubt})"
 
 
 def seen(rows: Sequence[Row], name: str) -> str:

@@ -9,12 +9,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from _study import Row, Run, aligned, facts, figure, interval, markdown, paired, read, seen, spread, text, work_off
+from _study import Row, Run, Verdict, aligned, facts, figure, markdown, paired, read, seen, spread, text, work_off
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -116,26 +115,6 @@ class Side:
     def deviations(self) -> list[float]:
         """Sample standard deviation over the seeds, one a rate; 0 of a single seed."""
         return [statistics.stdev(x) if len(x) > 1 else 0.0 for x in map(self.scores, self.runs)]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What paired gains, above 0 where Lookahead is better, say of a claim."""
-
-    gains: list[float]
-    of: str  # what the pairs are
-
-    @property
-    def holds(self) -> bool:
-        return interval(self.gains)[0] > 0
-
-    def __str__(self) -> str:
-        low, high = interval(self.gains)
-        contrary = ": the numbers say the contrary" if high < 0 else ""
-        doubt = ", which has 0 in it" if low <= 0 <= high else ""
-        numbers = f"{spread(self.gains, 2)} points, N = {len(self.gains)} {self.of}"
-        verdict = "holds" if self.holds else f"does not hold{contrary}"
-        return f"{verdict} ({numbers}, 95 % interval {low:.2f} to {high:.2f}{doubt})"
 
 
 def compare(rows: list[Row]) -> list[tuple[Side, Side]]:

@@ -11,8 +11,11 @@ from pyseq.data.people_daily import entity_spans as entity_spans
 from pyseq.data.people_daily import people_daily as people_daily
 from pyseq.data.people_daily import split_text as split_text
 from pyseq.data.people_daily import word_spans as word_spans
+from pyseq.data.reviews import Reviews as Reviews
+from pyseq.data.reviews import cut_words as cut_words
+from pyseq.data.reviews import reviews as reviews
 
 __all__ = [
-    "ENTITY_TYPES", "LABELS", "Digits", "PeopleDaily", "Sentence", "SpanScore", "digits", "entity_spans",
-    "people_daily", "split_text", "word_spans",
+    "ENTITY_TYPES", "LABELS", "Digits", "PeopleDaily", "Reviews", "Sentence", "SpanScore", "cut_words", "digits",
+    "entity_spans", "people_daily", "reviews", "split_text", "word_spans",
 ]  # fmt: skip

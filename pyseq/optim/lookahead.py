@@ -41,7 +41,8 @@ class Lookahead(Wrapper):
     Slow weights are float32 for half precision parameters and keep it when loaded. Under GradScaler skipped steps do
     not count; a fused inner optimizer is unscaled by the scaler.
 
-    Memory: one copy of the weights; "pullback" one of each tensor of state, too. Time: one pass over both in k steps.
+    Memory: one copy of the weights; "pullback" one of each tensor of state, too. Time: one pass over both in k steps;
+    of tables in a lazy optimizer on the CPU over the rows that moved.
     Raises TypeError for what is no optimizer, a Lookahead, or has complex or integer parameters; ValueError for k,
     alpha or momentum out of range. Source: Zhang, Lucas, Hinton and Ba 2019, "Lookahead Optimizer".
 
