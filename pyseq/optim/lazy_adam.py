@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from itertools import compress
 from typing import Any, Literal
 
 import torch
@@ -26,8 +27,9 @@ class LazyAdam(Optimizer):
     of one row are added up. A dense gradient of a parameter group with `lazy=True` does the same for the rows of a
     matrix that are not all zero. Every other parameter has `torch.optim.AdamW`'s step.
 
-    lr: a number or a tensor, 0 is one. betas, eps, amsgrad, maximize, foreach: as for `torch.optim.Adam`; eps acts in
-    sparse rows as in dense ones. weight_decay: decoupled; of a row, once in each step that sees it.
+    lr: a number or a tensor, 0 is one. betas, eps, amsgrad, maximize: as for `torch.optim.Adam`; eps acts in sparse
+    rows as in dense ones. foreach: of dense parameters; None: torch's fused kernel.
+    weight_decay: decoupled; of a row, once in each step that sees it.
     semantics: what happens to averages of rows that a step has not seen. "skip": nothing; "decay": they fade, as if
     the gradient had been 0, and only the weights are frozen. The fading is made up for when the row is seen again, from
     the number of steps between; betas may not change then.
@@ -111,7 +113,9 @@ class LazyAdam(Optimizer):
         for group, (sparse, rows, dense) in zip(self.param_groups, found, strict=True):
             self._lazy(group, sparse, False)
             self._lazy(group, rows, True)
-            self._dense(group, dense)
+            one = [group["foreach"] is None and _in_one_kernel(p, self.state[p]) for p in dense]
+            self._dense(group, [*compress(dense, one)], True)
+            self._dense(group, [p for p, x in zip(dense, one, strict=True) if not x], False)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -224,7 +228,7 @@ class LazyAdam(Optimizer):
             return numbers
         return torch.cat([lr.detach().to(device, torch.float64).view(1), numbers[1:]])
 
-    def _dense(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _dense(self, group: dict[str, Any], params: list[Tensor], fused: bool) -> None:
         if not params:
             return
         states = [self.state[p] for p in params]
@@ -242,6 +246,7 @@ class LazyAdam(Optimizer):
             wide[2],
             [s["step"] for s in states],
             foreach=group["foreach"],
+            fused=fused,
             capturable=params[0].is_cuda,
             differentiable=False,
             amsgrad=group["amsgrad"],
@@ -274,6 +279,12 @@ class LazyAdam(Optimizer):
                 if name in entries and entries[name].shape != params[i].shape:
                     got = (*entries[name].shape,)
                     raise ValueError(f"{name} of parameter {i} has shape {got}, wanted {(*params[i].shape,)}")
+
+
+def _in_one_kernel(p: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether torch's fused kernel, which goes by addresses, serves a parameter with its gradient and averages."""
+    tensors = [p, p.grad, *(x for x in state.values() if x.shape == p.shape)]
+    return p.device.type in ("cpu", "cuda") and all(x is not None and x.is_contiguous() for x in tensors)
 
 
 def _check_rows(p: Tensor) -> None:

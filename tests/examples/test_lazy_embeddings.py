@@ -52,7 +52,7 @@ def test_words_follow_the_numbers(study: ModuleType, gain: float, words: str, tm
     page = study.page(rows, tables(study, "measured" if gain else "computed"), "runs")
     assert page.count(f": {words}") == (14 if gain else 13)
     short = " ".join(page.partition("The claim tested")[0].split())
-    lazy = "SparseAdam and LazyAdam, skip and LazyAdam, decay"
+    lazy = "SparseAdam; LazyAdam, skip; LazyAdam, decay"
     assert f"is shown for {lazy if gain > 0 else 'none of them'}." in short
     assert f"further is shown against {lazy if gain > 0 else 'none of them'}, a" in short
     assert f"(LazyAdam, decay, by validation) {'improves' if gain > 0 else 'is not shown to improve'} it." in short

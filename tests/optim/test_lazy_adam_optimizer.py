@@ -376,3 +376,20 @@ def test_a_captured_step() -> None:
         torch.cuda.set_sync_debug_mode("default")
     for p, q in zip(captured.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_dense_parameters_of_any_layout(foreach: bool | None) -> None:
+    """Weights and gradients that lie differently in memory have AdamW's step, too."""
+    torch.manual_seed(0)
+    weight, options = torch.randn(4, 3, 2, 2), {"lr": 0.05, "weight_decay": 0.1, "amsgrad": True}
+    layouts = (torch.contiguous_format, torch.channels_last)
+    for of_weight, of_grad in ((a, b) for a in layouts for b in layouts):
+        p, q = nn.Parameter(weight.contiguous(memory_format=of_weight)), nn.Parameter(weight.clone())
+        opts = LazyAdam([p], foreach=foreach, **options), torch.optim.AdamW([q], **options)  # type: ignore[arg-type]
+        for _ in range(3):
+            grad = torch.randn(4, 3, 2, 2)
+            p.grad, q.grad = grad.contiguous(memory_format=of_grad), grad
+            for opt in opts:
+                opt.step()
+        torch.testing.assert_close(p, q)
