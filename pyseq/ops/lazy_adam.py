@@ -1,6 +1,8 @@
 """Adam for the rows of embedding tables that a step has seen, over lists of tables."""
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -48,8 +50,8 @@ def lazy_adam_update_(
     A row whose gradient is not finite is left alone. Computed in float64 for float64 tables, else in float32;
     gradients of one row are added up in float64, in their order: the same bits for any number of threads.
     Outside of autograd; graphs that saved a table raise in backward.
-    Raises ValueError for other numbers of tensors, shapes, devices and, on the CPU, for rows out of range, TypeError
-    for another dtype. Nothing is written then. On CUDA and in graphs rows out of range are skipped.
+    Raises ValueError for numbers out of range, other numbers of tensors, shapes, devices and, on the CPU, for rows out
+    of range, TypeError for another dtype. Nothing is written then. On CUDA and in graphs rows out of range are skipped.
     Time and traffic: n gradients sorted and read once, the rows of params and averages read and written once; memory
     O(n) integers. Source: Kingma and Ba 2015, "Adam", algorithm 1; Loshchilov and Hutter 2019 for weight_decay.
 
@@ -70,6 +72,12 @@ def lazy_adam_update_(
             raise ValueError(f"grads must be all sparse or all dense; grads[0] and grads[{i}] differ")
         if grad.is_sparse and grad.sparse_dim() != 1:
             raise ValueError(f"grads[{i}] must have one sparse dimension, the rows, got {grad.sparse_dim()}")
+    for name, x, most in (
+        ("lr", lr, math.inf), ("beta1", beta1, 1), ("beta2", beta2, 1), ("eps", eps, math.inf),
+        ("weight_decay", weight_decay, math.inf),
+    ):  # fmt: skip
+        if not isinstance(x, Tensor) and not (isinstance(x, Real) and 0 <= x < most):
+            raise ValueError(f"{name} must be a number from 0 and below {most}, got {x!r}")
     if len(grads) != len(params):
         raise ValueError(f"grads must be as many as params, got {len(grads)} and {len(params)}")
     for i, (p, grad) in enumerate(zip(params, grads, strict=True)):

@@ -81,5 +81,12 @@ def state_like(state_dict: Any) -> None:
         raise TypeError("state_dict must be a dict with state and param_groups, as state_dict() gives it")
 
 
+def same_kind(optimizer: Optimizer, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """ValueError for a group of another optimizer's."""
+    if {*ours} - {*theirs} and {*theirs} - {*ours}:
+        strange = ", ".join(sorted({*theirs} - {*ours}))
+        raise ValueError(f"this is the state of another optimizer than {name_of(optimizer)}: it has {strange}")
+
+
 def name_of(x: object) -> str:
     return type(x).__name__

@@ -1,6 +1,7 @@
 """Clipping of gradients, sparse ones among them."""
 
 from collections.abc import Iterable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def clip_grad_norm_(
     >>> optim.clip_grad_norm_(table.parameters(), max_norm=1.0)
     tensor(4.)
     """
-    if not max_norm >= 0:
+    if not isinstance(max_norm, Real | Tensor) or not max_norm >= 0:
         raise ValueError(f"max_norm must be a number from 0, got {max_norm!r}")
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     with_grad = [p for p in parameters if p.grad is not None]

@@ -1,5 +1,6 @@
 """Any optimizer, with embedding rows that a step has not seen left as they are."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pyseq.optim._state import AsItIs, Merged, Wrapper, name_of, state_like
+from pyseq.optim._state import AsItIs, Merged, Wrapper, name_of, same_kind, state_like
 
 Mode = Literal["index", "zero"]
 TOUCHES = "lazy_touches"
@@ -32,7 +33,8 @@ class Lazy(Wrapper):
     Ranks of the default process group see in "index" mode what any of them has seen, by one all_reduce of a byte a row.
     Parameter groups and state are the inner optimizer's own. Memory: a copy of the tables for the time of a step, in
     "index" mode two bytes a row. Time: one pass over the tables more.
-    Raises TypeError for what is no optimizer or embedding, ValueError for a weight that the optimizer does not have.
+    Raises TypeError for what is no optimizer or embedding, ValueError for no embeddings, and for a weight that the
+    optimizer does not have. Warns, on the CPU, where a table has a gradient and no row was looked up.
     Source: Su 2019, "Keras implementation of the Lazy optimizer", the idea of "zero".
 
     >>> words = torch.nn.Embedding(1000, 8)
@@ -60,6 +62,8 @@ class Lazy(Wrapper):
             embeddings.append(module)
             if module.weight not in own:
                 raise ValueError(f"the optimizer does not have the weight of modules[{i}], {module}")
+        if not embeddings:
+            raise ValueError("modules must name an embedding at least; a generator can be used up")
         super().__init__([{"params": []}], {})  # hooks; the groups are the inner optimizer's
         self.optimizer, self.defaults = optimizer, optimizer.defaults
         self.mode, self.count_rows = mode, bool(count_rows)
@@ -107,6 +111,7 @@ class Lazy(Wrapper):
         if any(hasattr(p, "to_local") for p in tables):
             raise TypeError("a table that is sharded over processes (DTensor) cannot be lazy; leave it out of modules")
         before = {p: p.clone() for p in tables}
+        self._warn(tables)
         if closure is None:
             loss = self.optimizer.step()
         else:
@@ -123,7 +128,7 @@ class Lazy(Wrapper):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of the same kind of optimizer, in a Lazy or alone, else ValueError."""
+        """Of the same kind of optimizer, in a Lazy or alone, else ValueError; what else torch says of it."""
         state_like(state_dict)
         guard = self.register_load_state_dict_pre_hook(_keep)  # after the user's
         try:
@@ -153,7 +158,24 @@ class Lazy(Wrapper):
     def _listen(self) -> None:
         for p, seen in self._seen.items():
             if seen is not None:
+                wanted = p.requires_grad
+                p.requires_grad_()  # else torch takes no hook; it may be thawed later
                 p.register_post_accumulate_grad_hook(seen.reach)
+                p.requires_grad_(wanted)
+
+    def _warn(self, tables: list[Tensor]) -> None:
+        """Where it costs nothing to see that hooks do not run."""
+        for p in tables:
+            seen, grad = self._seen[p], p.grad
+            if seen is None or grad is None or not p.is_cpu or seen.reached.any():
+                continue
+            if (grad._values() if grad.is_sparse else grad).any():
+                warnings.warn(
+                    "a table has a gradient, but none of its rows was looked up, so none moves: was the model compiled "
+                    "before Lazy was made (torch.compiler.reset()), another Lazy made for its modules, or the gradient "
+                    "not made by backward()? mode='zero' needs no hooks",
+                    stacklevel=4,
+                )
 
     def _rows(self, p: Tensor) -> Tensor:
         """bool (rows,): of this step."""
@@ -202,5 +224,7 @@ class _Seen:
 def _keep(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The dict without state, which is put aside for the inner optimizer."""
     assert isinstance(opt, Lazy)
+    for ours, theirs in zip(opt.param_groups, state_dict["param_groups"], strict=False):
+        same_kind(opt.optimizer, ours, theirs)
     opt._loading = state_dict
     return {**state_dict, "state": {}}

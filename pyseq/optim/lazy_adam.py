@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import compress
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim.adam import adam
 
 from pyseq.kernels.lazy_adam import Tables
 from pyseq.ops import _lazy_adam
+from pyseq.ops._torch import traced
 from pyseq.ops.lazy_adam import hyper_of
 from pyseq.optim._state import AsItIs, protected, state_like
 
@@ -42,6 +44,7 @@ class LazyAdam(Optimizer):
 
     bfloat16 tables are rounded at random, by a counter of their own and `seed` in the state: replicas stay equal, and
     torch's generator is not used. A row whose gradient is not finite is left alone.
+    A checkpoint brings the options of its groups; count_rows and, for what it lacks, state_dtype are this object's.
     State, there from the start and in no dtype but its own after loading: step, exp_avg, exp_avg_sq, with amsgrad
     max_exp_avg_sq, for matrices last and touches (int32) where needed, beside bfloat16 seed.
 
@@ -126,7 +129,7 @@ class LazyAdam(Optimizer):
         for p, entries in self.state.items():
             for name, x in entries.items():
                 if isinstance(x, AsItIs):
-                    entries[name] = x.on(p.device)
+                    entries[name] = x.on(p.device).contiguous()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -146,9 +149,35 @@ class LazyAdam(Optimizer):
             if group["bias_correction"] == "row" or self.count_rows:
                 state["touches"] = torch.zeros(p.size(0), dtype=torch.int32, device=p.device)
             if torch.bfloat16 in (p.dtype, dtype):
-                number = sum(len(g["params"]) for g in self.param_groups[:-1]) + len(self.state)
-                state["seed"] = torch.tensor(0x5EED + number, device=p.device)
+                state["seed"] = self._seed(p)
         return state
+
+    def _complete(self, p: Tensor, group: dict[str, Any]) -> None:
+        """What its state lacks: all where a checkpoint had nothing of a frozen parameter, or what an option wants that
+        the group did not have before."""
+        state = self.state[p]
+        if "step" not in state:
+            self.state[p] = state = self._fresh(p, group)
+        if (p.dtype == torch.float64) != (state["exp_avg"].dtype == torch.float64):
+            wanted = torch.float64 if p.dtype == torch.float64 else self.state_dtype
+            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                if name in state:
+                    state[name] = state[name].to(wanted)
+        if group["amsgrad"] and "max_exp_avg_sq" not in state:
+            state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
+        if p.dim() != 2:
+            return
+        if group["semantics"] == "decay" and "last" not in state:
+            state["last"] = state["step"].int().expand(p.size(0)).contiguous()
+        if (group["bias_correction"] == "row" or self.count_rows) and "touches" not in state:
+            state["touches"] = torch.zeros(p.size(0), dtype=torch.int32, device=p.device)
+        if torch.bfloat16 in (p.dtype, state["exp_avg"].dtype) and "seed" not in state:
+            state["seed"] = self._seed(p)
+
+    def _seed(self, p: Tensor) -> Tensor:
+        """Another one for each parameter, the same in every process."""
+        number = next(i for i, q in enumerate(q for g in self.param_groups for q in g["params"]) if q is p)
+        return torch.tensor(0x5EED + number, device=p.device)
 
     def _sorted(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Parameters with a gradient: sparse, dense but for rows, dense. Raises before anything is written."""
@@ -166,6 +195,7 @@ class LazyAdam(Optimizer):
                 raise TypeError("tables must be of dtype torch.float32, torch.float64 or torch.bfloat16, got float16")
             if p.grad.is_sparse and group["lazy"] is False:
                 raise ValueError("a gradient is sparse in a group with lazy=False; leave lazy out")
+            self._complete(p, group)
             (sparse if p.grad.is_sparse else rows if lazy else dense).append(p)
         if (sparse or rows) and group["semantics"] == "decay":
             betas = group.setdefault("decay_betas", tuple(group["betas"]))
@@ -232,12 +262,21 @@ class LazyAdam(Optimizer):
         if not params:
             return
         states = [self.state[p] for p in params]
+        beta1, beta2 = group["betas"]
+        for state in states:
+            if "last" in state:  # a matrix; its rows may have waited for a step that sees them
+                gap = state["step"].to(torch.int32) - state["last"]
+                if gap.is_cuda or gap.any():
+                    state["exp_avg"].mul_((beta1 ** gap.double()).unsqueeze(1))
+                    state["exp_avg_sq"].mul_((beta2 ** gap.double()).unsqueeze(1))
+                state["last"].copy_(state["step"] + 1)
+            if "touches" in state:
+                state["touches"] += 1
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
         averages = [[s[name] for s in states if name in s] for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")]
         half = [p.dtype in HALF or s["exp_avg"].dtype in HALF for p, s in zip(params, states, strict=True)]
         moved = [p.float() if h else p for p, h in zip(params, half, strict=True)]
         wide = [[x.float() if x.dtype in HALF else x for x in each] for each in averages]
-        beta1, beta2 = group["betas"]
         adam(
             moved,
             [g.float() if g.dtype in HALF else g for g in grads],
@@ -265,20 +304,38 @@ class LazyAdam(Optimizer):
 
     def _refuse(self, state_dict: Mapping[str, Any]) -> None:
         saved = state_dict["param_groups"]
-        if any("semantics" not in group for group in saved):
+        if any(name not in group for group in saved for name in ("semantics", "bias_correction", "betas", "lr")):
             raise ValueError("this is the state of another optimizer than LazyAdam")
+        for group, own in zip(saved, self.param_groups, strict=False):
+            _check({**group, "lazy": group.setdefault("lazy", None), "params": own["params"]})
         params = {
-            i: p
+            i: (p, a)
             for a, b in zip(saved, self.param_groups, strict=False)
             for i, p in zip(a["params"], b["params"], strict=False)
         }
         for i, entries in state_dict["state"].items():
-            if i not in params:
+            if i not in params or not entries:
                 continue
-            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-                if name in entries and entries[name].shape != params[i].shape:
-                    got = (*entries[name].shape,)
-                    raise ValueError(f"{name} of parameter {i} has shape {got}, wanted {(*params[i].shape,)}")
+            p, group = params[i]
+            wanted: dict[str, tuple[int, ...]] = {"step": ()} | dict.fromkeys(("exp_avg", "exp_avg_sq"), (*p.shape,))
+            if p.dim() == 2 and group["semantics"] == "decay":
+                wanted["last"] = (p.size(0),)
+            optional = {"max_exp_avg_sq": (*p.shape,), "last": (p.size(0),) if p.dim() else (), "seed": ()}
+            optional["touches"] = optional["last"]
+            for name, shape in (optional | wanted).items():
+                x = entries.get(name)
+                if x is None and name not in wanted:
+                    continue
+                if not isinstance(x, Tensor):
+                    raise ValueError(f"{name} of parameter {i} must be a tensor, got {x!r:.40}")
+                if tuple(x.shape) != shape:
+                    raise ValueError(f"{name} of parameter {i} has shape {(*x.shape,)}, wanted {shape}")
+                whole = name in ("last", "touches", "seed")
+                if x.is_complex() or (whole == x.is_floating_point()):
+                    raise ValueError(f"{name} of parameter {i} is of dtype {x.dtype}, wanted {_KIND[whole]}")
+
+
+_KIND = ("a floating one", "an integer one")
 
 
 def _in_one_kernel(p: Tensor, state: dict[str, Tensor]) -> bool:
@@ -301,14 +358,21 @@ def _check_rows(p: Tensor) -> None:
 def _check(group: dict[str, Any]) -> None:
     """ValueError or TypeError for what a group cannot be."""
     lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one, got shape {(*lr.shape,)}")
-    for name in ("lr", "eps", "weight_decay"):
-        x = group[name]
-        if not isinstance(x, Tensor) and not 0 <= x < math.inf:
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.is_complex():
+            raise ValueError(f"lr must be a number or a real tensor of one, got {lr.dtype} of shape {(*lr.shape,)}")
+        lr = lr.item() if lr.is_cpu and not traced() else 0.0
+    for name, x in (("lr", lr), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
+        if not isinstance(x, Real):
+            raise TypeError(f"{name} must be a number, got {x!r}")
+        if not 0 <= x < math.inf:
             raise ValueError(f"{name} must be a finite number from 0, got {x!r}")
-    if len(group["betas"]) != 2 or not all(0 <= b < 1 for b in group["betas"]):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']!r}")
+    betas = group["betas"]
+    if not hasattr(betas, "__len__") or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    for name in ("amsgrad", "maximize"):
+        if type(group[name]).__name__ not in ("bool", "bool_"):
+            raise TypeError(f"{name} must be True or False, got {group[name]!r}")
     for name, words in (("semantics", ("skip", "decay")), ("bias_correction", ("global", "row"))):
         if group[name] not in words:
             raise ValueError(f"{name} must be {' or '.join(map(repr, words))}, got {group[name]!r}")

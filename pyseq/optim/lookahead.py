@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from pyseq.kernels.lookahead import Pairs
 from pyseq.ops import _lookahead
 from pyseq.optim._rows import Moved
-from pyseq.optim._state import AsItIs, Merged, Wrapper, innermost, name_of, state_like
+from pyseq.optim._state import AsItIs, Merged, Wrapper, innermost, name_of, same_kind, state_like
 
 Momentum = Literal["keep", "reset", "pullback"]
 SLOW, STEP, K, ALPHA, SHOWN = (f"lookahead_{name}" for name in ("slow", "step", "k", "alpha", "shown"))
@@ -320,9 +320,7 @@ def _split(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("this is no Lookahead's state; load a plain optimizer's state before wrapping it")
     for ours, theirs in zip(groups, saved, strict=False):  # torch says what else is wrong with groups
         _settle({K: theirs.get(K), ALPHA: theirs.get(ALPHA), "params": []}, opt._k, opt._alpha)
-        if {*ours} - {*theirs} and {*theirs} - {*ours}:
-            strange = ", ".join(sorted({*theirs} - {*ours}))
-            raise ValueError(f"this is the state of another optimizer than {name_of(opt.optimizer)}: it has {strange}")
+        same_kind(opt.optimizer, ours, theirs)
     params = {i: p for a, b in zip(saved, groups, strict=False) for i, p in zip(a["params"], b["params"], strict=False)}
     mine: dict[Any, dict[str, Any]] = {}
     rest: dict[Any, Any] = {}
@@ -337,7 +335,7 @@ def _split(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{name} of parameter {i} has shape {(*x.shape,)}, wanted {(*params[i].shape,)}")
             else:
                 mine.setdefault(i, {})[name] = AsItIs(x)
-    if saved[0][STEP] > 0 and (missing := [i for i in params if i not in mine]):
+    if saved[0][STEP] > 0 and (missing := [i for i in params if i not in mine and params[i].requires_grad]):
         raise ValueError(f"{SLOW} is missing for parameter {missing[0]}")
     opt._loading = {**state_dict, "state": rest}
     return {**state_dict, "state": mine}

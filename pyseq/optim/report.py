@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 
-from pyseq.optim._state import Wrapper, innermost
+from pyseq.optim._state import Wrapper, innermost, name_of
 from pyseq.optim.lazy import Lazy
 from pyseq.optim.lazy_adam import LazyAdam
 
@@ -17,7 +17,11 @@ HEAD = ("table", "rows", "steps", "lazy", "never", "median", "90 %", "most", "up
 
 class RowCounts(NamedTuple):
     """name: the parameter's, or its number; counts: int64 (rows,) on the CPU; steps: of the table; lazy: False where
-    each step updated every row, as dense optimizers do."""
+    each step updated every row, as dense optimizers do.
+
+    >>> optim.RowCounts("words", torch.tensor([3, 0, 1]), 4, True).counts.sum()
+    tensor(4)
+    """
 
     name: str
     counts: Tensor
@@ -25,11 +29,11 @@ class RowCounts(NamedTuple):
     lazy: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowReport:
     """What `row_report` found, a RowCounts for each matrix; `str()` is the table.
 
-    >>> optim.RowReport((RowCounts("words", torch.tensor([3, 0, 1]), 4, True),)).tables[0].steps
+    >>> optim.RowReport((optim.RowCounts("words", torch.tensor([3, 0, 1]), 4, True),)).tables[0].steps
     4
     """
 
@@ -45,7 +49,7 @@ class RowReport:
             part = f"{100 * updates / dense:.3g} %" if dense else ""
             numbers = (int((counts == 0).sum()), round(float(low)), round(float(high)), int(counts.max()), updates)
             words = ("yes" if lazy else "no", *(f"{x:,}" for x in numbers), part)
-            lines.append((name, f"{len(counts):,}", f"{steps:,}", *words))
+            lines.append((_short(name), f"{len(counts):,}", f"{steps:,}", *words))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) for line in lines)
 
@@ -66,13 +70,17 @@ class RowReport:
                 continue
             at = torch.logspace(0, torch.tensor(float(len(ordered))).log10().item(), 500).round().long().unique()
             at = at.clamp(1, len(ordered))
-            (line,) = axes.plot(at.numpy(), ordered[at - 1].numpy(), label=name, drawstyle="steps-post")
+            (line,) = axes.plot(at.numpy(), ordered[at - 1].numpy(), label=_short(name), drawstyle="steps-post")
             axes.plot([1, len(counts)], [steps, steps], "--", color=line.get_color(), linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel="row, by updates", ylabel="updates; dashed: if dense")
-        axes.legend()
+        axes.legend(fontsize=8, loc="lower left")
         if path is not None:
             drawing.savefig(path, dpi=150)
         return drawing
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 20 else f"...{name[-17:]}"
 
 
 def row_report(optimizer: Optimizer) -> RowReport:
@@ -81,7 +89,8 @@ def row_report(optimizer: Optimizer) -> RowReport:
     optimizer: `LazyAdam` or `Lazy` with count_rows=True, also inside Lookahead; any other optimizer, and matrices with
     dense gradients in LazyAdam, update every row in every step, and are reported so. A row that a sparse gradient
     names counts once a step.
-    Raises ValueError where rows were not counted, or nothing was stepped yet. Waits for the device; time O(rows).
+    Raises ValueError where rows were not counted, or no step was (plain SGD counts none); TypeError for no optimizer.
+    Waits for the device; time O(rows).
 
     >>> words = torch.nn.Embedding(5, 8, sparse=True)
     >>> opt = optim.LazyAdam(words.parameters(), count_rows=True)
@@ -97,11 +106,15 @@ def row_report(optimizer: Optimizer) -> RowReport:
         0     5      3   yes      3       0     2     2        3      20 %
     """
     inner = innermost(optimizer)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"row_report needs an optimizer, got {name_of(optimizer)}")
     lazy = optimizer
     while isinstance(lazy, Wrapper) and not isinstance(lazy, Lazy):
         lazy = lazy.optimizer
     counted = lazy.counts if isinstance(lazy, Lazy) else {}
     unasked = isinstance(lazy, Lazy) and not lazy.count_rows
+    if isinstance(inner, SparseAdam) and not counted:
+        raise ValueError("SparseAdam does not count rows; LazyAdam with count_rows=True does")
     found = []
     number = -1
     for group in inner.param_groups:
@@ -113,8 +126,8 @@ def row_report(optimizer: Optimizer) -> RowReport:
                 steps, counts = int(counted[p][-1]), counted[p][:-1]
             if p.dim() != 2 or not steps:
                 continue
-            unasked |= isinstance(inner, LazyAdam) and counts is None
-            few = counts is not None and bool(counts.any())
+            unasked |= isinstance(inner, LazyAdam) and counts is None and not counted
+            few = counts is not None and bool(counts.any()) and not bool((counts == steps).all())
             counts = counts.cpu().long() if few else torch.full((p.size(0),), steps)
             found.append(RowCounts(name if isinstance(name, str) else str(number), counts, steps, few))
     if unasked:

@@ -392,3 +392,38 @@ def test_report_of_rows(tmp_path: Path) -> None:
 def test_two_processes() -> None:
     """DDP with sparse gradients, LazyAdam and Lazy, follows one process."""
     script(f"import runpy; runpy.run_path({str(Path(__file__).with_name('lazy_on_two.py'))!r}, run_name='__main__')")
+
+
+def test_hooks_that_do_not_run_are_told() -> None:
+    """A gradient without a look-up, as of a model compiled before, or by autograd.grad; and tables that are frozen."""
+    net = Net()
+    opt = Lazy(Adam(net.parameters()), net.tables)
+    net.table.weight.grad = torch.autograd.grad(net(torch.tensor([1, 4])), net.table.weight)[0]
+    with pytest.warns(UserWarning, match="none of its rows was looked up"):
+        opt.step()
+    for none in ([], (m for m in ())):
+        with pytest.raises(ValueError, match="modules must name an embedding at least"):
+            Lazy(opt.optimizer, none)
+    frozen = nn.Embedding.from_pretrained(torch.ones(3, 2))
+    opt = Lazy(SGD([frozen.weight], 0.1), [frozen])
+    assert not frozen.weight.requires_grad
+    frozen.requires_grad_(True)
+    frozen(torch.tensor([1])).sum().backward()
+    opt.step()
+    assert (frozen.weight != 1).any(1).tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="this is the state of another optimizer than SGD: it has"):
+        opt.load_state_dict(Adam([frozen.weight]).state_dict())
+
+
+def test_lookahead_restores_beside_frozen_parameters() -> None:
+    """Of which a distributed checkpoint has no state."""
+    nets = [Net(sparse=True) for _ in range(2)]
+    for net in nets:
+        net.head.requires_grad_(False)
+    opts = [Lookahead(LazyAdam(net.parameters()), k=2) for net in nets]
+    train(nets[0], opts[0], batches(3))
+    nets[1].load_state_dict(nets[0].state_dict())
+    set_optimizer_state_dict(nets[1], opts[1], copy.deepcopy(get_optimizer_state_dict(nets[0], opts[0])))
+    for net, opt in zip(nets, opts, strict=True):
+        train(net, opt, batches(4, seed=3))
+    assert equal(*nets)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from pyseq.optim import LazyAdam, clip_grad_norm_
+from pyseq.optim import LazyAdam, clip_grad_norm_, row_report
 
 WAYS: list[dict[str, Any]] = [
     {}, {"semantics": "decay"}, {"bias_correction": "row"}, {"semantics": "decay", "bias_correction": "row"},
@@ -246,7 +246,15 @@ def test_onecycle_and_decay() -> None:
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lr": -1.0}, ValueError, "lr must be a finite number from 0, got -1.0"),
-    ({"lr": torch.ones(2)}, ValueError, r"lr must be a number or a tensor of one, got shape \(2,\)"),
+    (
+        {"lr": torch.ones(2)},
+        ValueError,
+        r"lr must be a number or a real tensor of one, got torch.float32 of shape \(2,\)",
+    ),
+    ({"lr": torch.tensor(-1.0)}, ValueError, "lr must be a finite number from 0, got -1.0"),
+    ({"lr": "1e-3"}, TypeError, "lr must be a number, got '1e-3'"),
+    ({"betas": 0.9}, ValueError, r"betas must be two numbers in \[0, 1\), got 0.9"),
+    ({"amsgrad": "yes"}, TypeError, "amsgrad must be True or False, got 'yes'"),
     ({"eps": float("nan")}, ValueError, "eps must be a finite number from 0, got nan"),
     ({"betas": (0.9, 1.0)}, ValueError, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
     ({"semantics": "replay"}, ValueError, "semantics must be 'skip' or 'decay', got 'replay'"),
@@ -393,3 +401,77 @@ def test_dense_parameters_of_any_layout(foreach: bool | None) -> None:
             for opt in opts:
                 opt.step()
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("bias", ["global", "row"])
+def test_a_table_whose_gradient_is_sometimes_dense(bias: Any) -> None:
+    """As a penalty in some steps makes it: when every row is seen in every step it is Adam, and counted."""
+    net, right = Net(), Net(sparse=False)
+    opt = LazyAdam(net.parameters(), 0.05, semantics="decay", bias_correction=bias, count_rows=True)
+    adam = torch.optim.Adam(right.parameters(), 0.05)
+    every = torch.arange(1, 12)
+    for i in range(7):
+        for model, each in ((net, opt), (right, adam)):
+            each.zero_grad()
+            loss = model(every) * (-1) ** (i // 2)
+            (loss + model.table.weight[1:].square().sum() if i % 3 == 1 else loss).backward()
+            each.step()
+    for p, q in zip(net.parameters(), right.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    assert row_report(opt).tables[0].counts[1:].tolist() == [7] * 11
+
+
+def test_a_dense_gradient_makes_up_for_steps_that_missed_a_row() -> None:
+    """Under "decay" its averages have faded meanwhile."""
+    net, right = Net(), Net(sparse=False)
+    opt, adam = LazyAdam(net.parameters(), 0.05, semantics="decay"), torch.optim.Adam(right.parameters(), 0.05)
+    for rows, dense in ((torch.tensor([1, 2]), False), (torch.tensor([2]), False), (torch.tensor([3]), True)):
+        for model, each in ((net, opt), (right, adam)):
+            each.zero_grad()
+            loss = model(rows)
+            (loss + model.table.weight.sum() if dense else loss).backward()
+            each.step()
+    for name in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(opt.state[net.table.weight][name], adam.state[right.table.weight][name])
+
+
+def test_state_that_is_missing_or_of_another_kind() -> None:
+    """Refused where it cannot be, made where it was not needed before."""
+    net = Net()
+    opt = LazyAdam(net.parameters(), semantics="decay")
+    train(net, opt, batches(2))
+    saved = opt.state_dict()
+    for name, value, message in (
+        ("exp_avg", None, "exp_avg of parameter 0 must be a tensor, got None"),
+        ("step", 3, "step of parameter 0 must be a tensor, got 3"),
+        ("last", torch.zeros(3), r"last of parameter 0 has shape \(3,\), wanted \(12,\)"),
+        ("last", torch.zeros(12), "last of parameter 0 is of dtype torch.float32, wanted an integer one"),
+    ):
+        broken = copy.deepcopy(saved)
+        broken["state"][0][name] = value
+        with pytest.raises(ValueError, match=message):
+            opt.load_state_dict(broken)
+    broken = copy.deepcopy(saved)
+    broken["param_groups"][0]["lr"] = -1
+    with pytest.raises(ValueError, match="lr must be a finite number from 0, got -1"):
+        opt.load_state_dict(broken)
+    counting = LazyAdam(net.parameters(), count_rows=True)
+    counting.load_state_dict(saved)
+    train(net, counting, [torch.tensor([4])])
+    assert int(row_report(counting).tables[0].counts[4]) == 1
+    plain = Net()
+    opt = LazyAdam(plain.parameters())
+    train(plain, opt, batches(2))
+    opt.param_groups[0] |= {"semantics": "decay", "bias_correction": "row", "amsgrad": True}
+    train(plain, opt, batches(2))
+    for dtype in (torch.bfloat16, torch.float64):
+        plain.table.to(dtype)
+        plain.head.to(dtype)
+        train(plain, opt, batches(1))
+        assert all(p.isfinite().all() for p in plain.parameters())
+    frozen = Net()
+    frozen.table.requires_grad_(False)
+    opt = LazyAdam(frozen.parameters())
+    set_optimizer_state_dict(frozen, opt, get_optimizer_state_dict(frozen, opt))
+    frozen.table.requires_grad_()
+    train(frozen, opt, batches(2))
