@@ -2,8 +2,10 @@
 #include <string_view>
 
 #include "chain.hpp"
+#include "memm.hpp"
 #include "module.hpp"
 #include "reader.hpp"
+#include "sample.hpp"
 
 namespace py = pybind11;
 
@@ -86,10 +88,92 @@ int viterbi(
   return call(chain, check, threads, level, take, [](const auto& args) { return chain_viterbi(args); });
 }
 
+int n_best(
+    handle emissions, handle transitions, handle start, handle end, handle tags, handle mask, handle lengths,
+    handle weights, bool check, handle scores, handle paths, int threads, int level) {
+  Tensor x{};
+  if (!view(scores.ptr(), x) || x.rank != 2) return kUnfit;
+  const int64_t count = x.size[1];
+  void* best = nullptr;
+  int64_t* path = nullptr;
+  const auto take = [&](Reader& read, auto& args, auto type) {
+    best = read.array<decltype(type)>(scores, {args.batch, count});
+    path = read.array<int64_t>(paths, {args.batch, count, args.time});
+  };
+  const Inputs chain{emissions, transitions, start, end, tags, mask, lengths, weights};
+  return call(chain, check, threads, level, take, [&](const auto& args) {
+    return chain_n_best(args, count, static_cast<decltype(args.value)>(best), path);
+  });
+}
+
+int sample(
+    handle emissions, handle transitions, handle start, handle end, handle mask, handle lengths, handle seed, bool check,
+    handle paths, int threads, int level) {
+  Tensor x{};
+  if (!view(paths.ptr(), x) || x.rank != 3) return kUnfit;
+  const int64_t count = x.size[1];
+  const int64_t* number = nullptr;
+  int64_t* path = nullptr;
+  const auto take = [&](Reader& read, auto& args, auto) {
+    path = read.array<int64_t>(paths, {args.batch, count, args.time});
+    number = read.array<int64_t>(seed, {1});
+  };
+  const Inputs chain{emissions, transitions, start, end, py::none(), mask, lengths, py::none()};
+  return call(chain, check, threads, level, take, [&](const auto& args) {
+    return chain_sample(args, static_cast<uint64_t>(*number), count, path);
+  });
+}
+
+// Of a maximum-entropy Markov model.
+int bound_neighbours(
+    handle tags, handle mask, handle lengths, int64_t num_tags, handle label, handle before, handle after) {
+  Reader read;
+  Tensor x{};
+  PathArgs a{};
+  a.tags = read.rows<int64_t>(tags, 2, x), a.batch = x.size[0], a.time = x.size[1], a.num_tags = num_tags;
+  if (!read.fits || !x.is_contiguous() || num_tags < 1) return kUnfit;
+  a.mask = read.optional<uint8_t>(mask, {a.batch, a.time}), a.lengths = read.optional<int64_t>(lengths, {a.batch});
+  a.label = read.array<int64_t>(label, {a.batch, a.time}), a.before = read.array<int64_t>(before, {a.batch, a.time});
+  a.after = read.array<int64_t>(after, {a.batch, a.time});
+  return read.fits ? neighbours(a) : kUnfit;
+}
+
+int bound_local_steps(
+    handle scores, handle bias, handle context, handle label, handle scale, handle weight, double factor, double smoothing,
+    bool accumulate, handle loss, handle grad, handle grad_bias, int threads, int level) {
+  const auto typed = [&](auto type) -> int {
+    using T = decltype(type);
+    LocalArgs<T> a{};
+    Reader read;
+    Tensor x{}, by{};
+    a.scores = read.rows<T>(scores, 2, x), a.count = x.size[0], a.tags = x.size[1];
+    a.bias = read.rows<T>(bias, 2, by), a.contexts = by.size[0];
+    read.fits = read.fits && x.is_contiguous() && by.is_contiguous() && by.size[1] == a.tags;
+    a.context = read.array<int64_t>(context, {a.count}), a.label = read.array<int64_t>(label, {a.count});
+    a.scale = read.array<T>(scale, {a.count}), a.weight = read.optional<T>(weight, {a.tags});
+    a.loss = read.array<double>(loss, {a.count});
+    a.grad = read.optional<T>(grad, {a.count, a.tags});
+    a.grad_bias = read.optional<T>(grad_bias, {a.contexts, a.tags});
+    if (!read.fits || grad.is_none() != grad_bias.is_none()) return kUnfit;
+    for (int64_t i = 0; i < a.count; ++i)
+      if (a.label[i] >= a.tags || a.context[i] >= a.contexts) return kUnfit;
+    a.factor = factor, a.smoothing = smoothing, a.accumulate = accumulate, a.threads = threads, a.level = level;
+    const py::gil_scoped_release release;
+    return local_steps(a);
+  };
+  Tensor x;
+  if (!view(scores.ptr(), x)) return kUnfit;
+  return x.type == kDouble ? typed(double{}) : typed(float{});
+}
+
 }  // namespace
 }  // namespace pyseq::chain
 
 PYSEQ_ROOM(chain, m) {
   m.def("crf", &pyseq::chain::crf);
   m.def("viterbi", &pyseq::chain::viterbi);
+  m.def("n_best", &pyseq::chain::n_best);
+  m.def("sample", &pyseq::chain::sample);
+  m.def("neighbours", &pyseq::chain::bound_neighbours);
+  m.def("local_steps", &pyseq::chain::bound_local_steps);
 }

@@ -5,11 +5,13 @@
 #include <atomic>
 #include <cstring>
 #include <iterator>
+#include <optional>
 #include <vector>
 
-#include "sequence.hpp"
 #include "cpu.hpp"
+#include "n_best.hpp"
 #include "parallel.hpp"
+#include "sequence.hpp"
 
 namespace pyseq::chain {
 namespace {
@@ -189,9 +191,11 @@ std::vector<Row> serve(
   return left;
 }
 
-// Decode rows with one kernel, whose panels are `panel` vectors of `lanes` (0: all tags).
-template <class T>
-void decode(const ChainArgs<T>& args, ChainDecode<T> kernel, const Row* rows, int64_t count, int size, int lanes, int panel) {
+// Decode rows with one kernel, whose panels are `panel` vectors of `lanes` (0: all tags). Each thread makes a `then`, called
+// with the rows of a group, their best scores, the stride of steps, and that of rows, 1 where each has a lane.
+template <class T, class Make>
+void decode(
+    const ChainArgs<T>& args, ChainDecode<T> kernel, const Row* rows, int64_t count, int size, int lanes, int panel, Make make) {
   if (count == 0) return;
   const int64_t tags = args.tags, padded = (tags + lanes - 1) / lanes * lanes, beside = panel ? padded : kDecodeStride;
   const Block block(sizeof(double) * ((padded + beside) * tags + 2 * padded));
@@ -224,6 +228,7 @@ void decode(const ChainArgs<T>& args, ChainDecode<T> kernel, const Row* rows, in
   {
     Block scratch;
     size_t held = 0;
+    std::optional<decltype(make())> then;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t g = 0; g < groups; ++g) failure.guard([&] {
         const Row* group = rows + g * size;
@@ -232,6 +237,8 @@ void decode(const ChainArgs<T>& args, ChainDecode<T> kernel, const Row* rows, in
         const size_t bytes = sizeof(double) * across * (group[0].length + 1);
         if (bytes > held) scratch = Block(bytes), held = bytes;
         kernel(args, tables, group, here, scratch.get());
+        if (!then) then.emplace(make());
+        (*then)(group, here, static_cast<const double*>(scratch.get()), across, panel ? padded : 1);
       });
   }
   failure.rethrow();
@@ -311,7 +318,10 @@ template <class T> int chain_crf(const ChainArgs<T>& given) {
   return kOk;
 }
 
-template <class T> int chain_viterbi(const ChainArgs<T>& args) {
+namespace {
+
+// Value and best path of every row; make: see decode.
+template <class T, class Make> int decode_all(const ChainArgs<T>& args, Make make) {
   Rows<T> rows;
   if (const int status = rows.read(args)) return status;
   const ChainLevel<T>& level = level_of<T>(cpu_level(args.level));
@@ -323,8 +333,49 @@ template <class T> int chain_viterbi(const ChainArgs<T>& args) {
   rows.all.erase(std::remove_if(rows.all.begin(), rows.all.end(), settled), rows.all.end());
   const int64_t count = rows.all.size(), some = rows_in_lanes(count, args.tags, level.lane_decode_tags, level.lanes_wide.rows);
   const int64_t rest = count - some;
-  decode<T>(args, level.lanes_decode, rows.all.data(), some, level.lanes_wide.rows, 1, 0);
-  decode<T>(args, level.rows_decode, rows.all.data() + some, rest, group_rows(rest), level.rows_wide.lanes, level.rows_wide.panel);
+  const auto& plain = level.rows_wide;
+  decode<T>(args, level.lanes_decode, rows.all.data(), some, level.lanes_wide.rows, 1, 0, make);
+  decode<T>(args, level.rows_decode, rows.all.data() + some, rest, group_rows(rest), plain.lanes, plain.panel, make);
+  return kOk;
+}
+
+}  // namespace
+
+template <class T> int chain_viterbi(const ChainArgs<T>& args) {
+  return decode_all(args, [] { return [](const Row*, int, const double*, int64_t, int64_t) {}; });
+}
+
+template <class T> int chain_n_best(const ChainArgs<T>& given, int64_t count, T* scores, int64_t* paths) {
+  ChainArgs<T> args = given;
+  std::vector<T> best(args.batch);
+  std::vector<int64_t> path(args.batch * args.time);
+  args.value = best.data(), args.best_path = path.data();
+  std::fill_n(scores, args.batch * count, T(-kInf));
+  std::fill_n(paths, args.batch * count * args.time, int64_t{-1});
+  const std::vector<double> into = by_destination(args);
+  const auto make = [&] {
+    return [&, next = BestPaths<T>(args, into), copy = std::vector<double>()](
+               const Row* group, int rows, const double* delta, int64_t step, int64_t stride) mutable {
+      const int64_t size = group[0].length * args.tags, lanes = step / args.tags;
+      if (stride == 1) {
+        copy.resize(lanes * size);
+        for (int64_t x = 0; x < size; ++x)
+          for (int64_t r = 0; r < lanes; ++r) copy[r * size + x] = delta[x * lanes + r];
+        delta = copy.data(), step = args.tags, stride = size;
+      }
+      for (int r = 0; r < rows; ++r) {
+        const int64_t b = group[r].index;
+        if (path[b * args.time + group[r].step(0)] < 0) continue;  // there is none
+        std::copy_n(path.data() + b * args.time, args.time, paths + b * count * args.time);
+        next.run(group[r], delta + r * stride, step, count, scores + b * count, paths + b * count * args.time);
+      }
+    };
+  };
+  if (const int status = decode_all(args, make)) return status;
+  for (int64_t b = 0; b < args.batch; ++b) {
+    if (best[b] != best[b]) std::fill_n(scores + b * count, count, T(kNaN));
+    if (best[b] == 0 && scores[b * count] == T(-kInf)) scores[b * count] = 0;  // the empty path
+  }
   return kOk;
 }
 
@@ -332,5 +383,7 @@ template int chain_crf<float>(const ChainArgs<float>&);
 template int chain_crf<double>(const ChainArgs<double>&);
 template int chain_viterbi<float>(const ChainArgs<float>&);
 template int chain_viterbi<double>(const ChainArgs<double>&);
+template int chain_n_best<float>(const ChainArgs<float>&, int64_t, float*, int64_t*);
+template int chain_n_best<double>(const ChainArgs<double>&, int64_t, double*, int64_t*);
 
 }  // namespace pyseq::chain

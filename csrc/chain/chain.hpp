@@ -57,6 +57,8 @@ template <class T> struct ChainArgs {
 
 template <class T> int chain_crf(const ChainArgs<T>& args);
 template <class T> int chain_viterbi(const ChainArgs<T>& args);
+// The `count` best: scores (batch, count), paths (batch, count, time).
+template <class T> int chain_n_best(const ChainArgs<T>& args, int64_t count, T* scores, int64_t* paths);
 
 constexpr int kGroupRows = 8;  // rows that share a sweep with tags in the lanes
 constexpr int kLaneTags = 24;  // most tags with one row in each lane

@@ -1,4 +1,8 @@
 // The baseline of the platform, whatever it is.
 #define PYSEQ_LEVEL 2
 #include "kernel.hpp"
+#include "memm_kernel.hpp"
+#include "sample_kernel.hpp"
 PYSEQ_CHAIN_LEVEL(v2)
+PYSEQ_MEMM_LEVEL(v2)
+PYSEQ_SAMPLE_LEVEL(v2)

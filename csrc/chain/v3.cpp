@@ -2,5 +2,9 @@
 #pragma GCC target("avx2,fma,bmi,bmi2")
 #define PYSEQ_LEVEL 3
 #include "kernel.hpp"
+#include "memm_kernel.hpp"
+#include "sample_kernel.hpp"
 PYSEQ_CHAIN_LEVEL(v3)
+PYSEQ_MEMM_LEVEL(v3)
+PYSEQ_SAMPLE_LEVEL(v3)
 #endif

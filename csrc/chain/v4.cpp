@@ -2,5 +2,9 @@
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx512cd,avx2,fma,bmi,bmi2")
 #define PYSEQ_LEVEL 4
 #include "kernel.hpp"
+#include "memm_kernel.hpp"
+#include "sample_kernel.hpp"
 PYSEQ_CHAIN_LEVEL(v4)
+PYSEQ_MEMM_LEVEL(v4)
+PYSEQ_SAMPLE_LEVEL(v4)
 #endif

@@ -2,8 +2,8 @@
 
 Launchers: `crf(chain, kind, reduction, check, value, grads, paths=None)` fills value (B,), or a scalar with a
 reduction, and where `grads` are given the gradients; `viterbi(chain, check, scores, path)` the best scores (B,) and
-paths (B, T). `paths` (B,) int32 takes what served each sequence: 0 the first domain, the launcher's last number the
-log domain.
+paths (B, T); `n_best(chain, check, scores, paths)` those of the N best, (B, N) and (B, N, T). `paths` (B,) int32 of
+`crf` takes what served each sequence: 0 the first domain, the launcher's last number the log domain.
 """
 
 from collections.abc import Callable
@@ -36,6 +36,42 @@ class Gradients(NamedTuple):
     transitions: Tensor
     start: Tensor
     end: Tensor
+
+
+class LabelledPath(NamedTuple):
+    """Tags of sequences. The launcher `neighbours(path, num_tags, label, before, after)` fills three (B, T) int64: tags
+    of the live steps, and of those before and after each, -1 where there is none; what is out of range is brought into
+    it."""
+
+    tags: Tensor
+    mask: Tensor | None
+    lengths: Tensor | None
+
+
+class Sampling(NamedTuple):
+    """What `sample(sampling, check, paths)` reads, to fill paths (B, N, T), -1 where there are none."""
+
+    emissions: Tensor
+    transitions: Tensor
+    start: Tensor | None
+    end: Tensor | None
+    mask: Tensor | None
+    lengths: Tensor | None
+    seed: Tensor  # (1,) int64; with row, sample and live step it gives each number, see csrc/chain/sample.hpp
+
+
+class LocalSteps(NamedTuple):
+    """Steps of a maximum-entropy Markov model, each a softmax over scores + bias of its context. The launcher
+    `local_steps(steps, factor, smoothing, accumulate, loss, grad, grad_bias)` fills loss (N,) float64, grad (N, K),
+    which it adds to where it is to accumulate, and grad_bias (M, K), which may be `bias` where each context has one
+    step; both None: no gradients. The loss is +inf, without gradient, where the label's logit is -inf."""
+
+    scores: Tensor  # (N, K)
+    bias: Tensor  # (M, K)
+    context: Tensor  # (N,) int64, -1: none
+    label: Tensor  # (N,) int64, -1: no step
+    scale: Tensor  # (N,) of the loss
+    weight: Tensor | None = None  # (K,) of the labels
 
 
 Launcher = Callable[[Chain, int, bool, Tensor, Gradients | None, Tensor | None], int]

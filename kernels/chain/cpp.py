@@ -5,9 +5,9 @@ from torch import Tensor
 
 from pyseq import _C
 from pyseq.kernels import _cpu
-from pyseq.kernels.chain import Chain, Gradients
+from pyseq.kernels.chain import Chain, Gradients, LabelledPath, LocalSteps, Sampling
 
-__all__ = ["crf", "viterbi"]
+__all__ = ["crf", "local_steps", "n_best", "neighbours", "sample", "viterbi"]
 
 
 def crf(
@@ -28,4 +28,33 @@ def crf(
 
 def viterbi(chain: Chain, check: bool, scores: Tensor, path: Tensor) -> int:
     status: int = _C.chain.viterbi(*chain, check, scores, path, torch.get_num_threads(), _cpu.LEVEL)
+    return status
+
+
+def neighbours(path: LabelledPath, num_tags: int, label: Tensor, before: Tensor, after: Tensor) -> int:
+    status: int = _C.chain.neighbours(*path, num_tags, label, before, after)
+    return status
+
+
+def n_best(chain: Chain, check: bool, scores: Tensor, paths: Tensor) -> int:
+    status: int = _C.chain.n_best(*chain, check, scores, paths, torch.get_num_threads(), _cpu.LEVEL)
+    return status
+
+
+def sample(chain: Sampling, check: bool, paths: Tensor) -> int:
+    status: int = _C.chain.sample(*chain, check, paths, torch.get_num_threads(), _cpu.LEVEL)
+    return status
+
+
+def local_steps(
+    steps: LocalSteps,
+    factor: float,
+    smoothing: float,
+    accumulate: bool,
+    loss: Tensor,
+    grad: Tensor | None,
+    grad_bias: Tensor | None,
+) -> int:
+    options = factor, smoothing, accumulate, loss, grad, grad_bias
+    status: int = _C.chain.local_steps(*steps, *options, torch.get_num_threads(), _cpu.LEVEL)
     return status

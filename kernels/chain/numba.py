@@ -11,40 +11,17 @@ from numba import njit
 from torch import Tensor
 
 from pyseq.kernels import OK
-from pyseq.kernels._numba import EXACT, JIT
-from pyseq.kernels.chain import BAD_LENGTH, BAD_TAG, PARTITION, SCORE, Chain, Gradients, reduces
+from pyseq.kernels._numba import EXACT, JIT, exp
+from pyseq.kernels.chain import BAD_LENGTH, BAD_TAG, PARTITION, SCORE, Chain, Gradients, Sampling, reduces
+from pyseq.kernels.chain._memm_numba import local_steps, neighbours
 
-__all__ = ["crf", "viterbi"]
+__all__ = ["crf", "local_steps", "n_best", "neighbours", "sample", "viterbi"]
 _INF = np.inf
 _LANES = 8  # tags are padded to whole vectors
 _TINY = 1e-200  # a state below this, relative to the step before, may have lost digits to underflow
 _SMALLEST, _HIDDEN = -700.0, -600.0  # log of what a state that holds 0 may hide, and of what no state would notice
 _NEAR = 1e4  # start scores beyond it leave the exp domain
 _MODEST = 1e4  # sum of squared scores of a step whose exponentials need no shift
-_MAGIC = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
-
-
-@njit(**EXACT)  # reassociation would undo the rounding by _MAGIC
-def _exp(x):
-    """exp for x in [-700, 700], relative error below 1e-15, and 0 below. Branch-free, so that its loops vectorise."""
-    shifted = x * 1.4426950408889634 + _MAGIC
-    n = shifted - _MAGIC
-    r = x - n * 0.6931471803691238 - n * 1.9082149292705877e-10
-    p = 2.08767569878681e-09
-    p = p * r + 2.505210838544172e-08
-    p = p * r + 2.755731922398589e-07
-    p = p * r + 2.7557319223985893e-06
-    p = p * r + 2.48015873015873e-05
-    p = p * r + 0.0001984126984126984
-    p = p * r + 0.001388888888888889
-    p = p * r + 0.008333333333333333
-    p = p * r + 0.041666666666666664
-    p = p * r + 0.16666666666666666
-    p = p * r + 0.5
-    p = p * r + 1.0
-    p = p * r + 1.0
-    scale = np.int64((np.float64(shifted).view(np.int64) << 52) + 4607182418800017408).view(np.float64)
-    return p * scale if x >= -700.0 else (0.0 if x < -700.0 else x)
 
 
 @njit(**JIT)
@@ -165,7 +142,7 @@ def _forward(f, weights_in, start, steps, n, num_tags, a, u):
         top = 0.0
         few = num_tags - padded
         for j in range(padded):
-            weight = _exp(step[j] - shift if now[j] > 0.0 else -_INF)
+            weight = exp(step[j] - shift if now[j] > 0.0 else -_INF)
             mass = now[j] * weight
             step[j] = weight
             now[j] = mass
@@ -524,17 +501,72 @@ def _crf(emissions, transitions, start, end, tags, mask, lengths, weights, kind,
 
 
 @njit(**JIT)
-def _viterbi(emissions, transitions, start, end, mask, lengths, check, scores, path):
-    batch, time, num_tags = emissions.shape
-    padded = (num_tags + _LANES - 1) // _LANES * _LANES
-    steps = np.empty(time + 1, np.int64)
-    delta = np.empty((time + 1, padded))  # best score of a path that ends in each tag, less the step's largest
-    into = np.full((num_tags, padded), -_INF)
-    usable = True  # no transition is NaN or +inf
+def _sources(transitions):
+    """Transitions padded with -inf, and whether none is NaN or +inf."""
+    num_tags = len(transitions)
+    into = np.full((num_tags, (num_tags + _LANES - 1) // _LANES * _LANES), -_INF)
+    usable = True
     for i in range(num_tags):
         for j in range(num_tags):
             into[i, j] = transitions[i, j]
             usable &= into[i, j] < _INF
+    return into, usable
+
+
+@njit(**JIT)
+def _best_scores(f, start, into, steps, n, num_tags, delta):
+    """Fill delta (n, P): best score of a path that ends in each tag. Returns whether one is NaN or +inf."""
+    padded = into.shape[1]
+    poisoned = False
+    for k in range(n):
+        row = f[steps[k]]
+        delta[k, :] = -_INF
+        if k == 0:
+            for j in range(num_tags):
+                delta[k, j] = np.float64(start[j])
+        else:
+            alone = num_tags % 4
+            for i in range(alone):
+                best = delta[k - 1, i]
+                for j in range(padded):
+                    there = best + into[i, j]
+                    delta[k, j] = there if there > delta[k, j] else delta[k, j]
+            for i in range(alone, num_tags, 4):  # four sources a pass over the destinations
+                d0, d1, d2, d3 = delta[k - 1, i], delta[k - 1, i + 1], delta[k - 1, i + 2], delta[k - 1, i + 3]
+                for j in range(padded):
+                    x, y = d0 + into[i, j], d1 + into[i + 1, j]
+                    z, w = d2 + into[i + 2, j], d3 + into[i + 3, j]
+                    x = x if x > y else y
+                    z = z if z > w else w
+                    x = x if x > z else z
+                    delta[k, j] = x if x > delta[k, j] else delta[k, j]
+        for j in range(num_tags):
+            delta[k, j] += np.float64(row[j])
+            poisoned |= not delta[k, j] < _INF
+    return poisoned
+
+
+@njit(**JIT)
+def _best_end(last, end, num_tags):
+    """Score and tag of the best end, -1 where none is feasible; and whether a score is NaN or +inf."""
+    best = -_INF
+    tag = -1
+    poisoned = False
+    for j in range(num_tags):
+        there = last[j] + np.float64(end[j])
+        poisoned |= not there < _INF
+        if there > best:
+            best = there
+            tag = j
+    return best, tag, poisoned
+
+
+@njit(**JIT)
+def _viterbi(emissions, transitions, start, end, mask, lengths, check, scores, path):
+    batch, time, num_tags = emissions.shape
+    into, usable = _sources(transitions)
+    steps = np.empty(time + 1, np.int64)
+    delta = np.empty((time + 1, into.shape[1]))
     for b in range(batch):
         n = _steps(b, time, mask, lengths, steps)
         if n < 0 and check:
@@ -543,41 +575,9 @@ def _viterbi(emissions, transitions, start, end, mask, lengths, check, scores, p
         scores[b] = 0.0 if n == 0 else np.nan
         if n <= 0:
             continue
-        f = emissions[b]
-        poisoned = n > 1 and not usable
-        for k in range(n):
-            row = f[steps[k]]
-            delta[k, :] = -_INF
-            if k == 0:
-                for j in range(num_tags):
-                    delta[k, j] = np.float64(start[j])
-            else:
-                alone = num_tags % 4
-                for i in range(alone):
-                    best = delta[k - 1, i]
-                    for j in range(padded):
-                        there = best + into[i, j]
-                        delta[k, j] = there if there > delta[k, j] else delta[k, j]
-                for i in range(alone, num_tags, 4):  # four sources a pass over the destinations
-                    d0, d1, d2, d3 = delta[k - 1, i], delta[k - 1, i + 1], delta[k - 1, i + 2], delta[k - 1, i + 3]
-                    for j in range(padded):
-                        x, y = d0 + into[i, j], d1 + into[i + 1, j]
-                        z, w = d2 + into[i + 2, j], d3 + into[i + 3, j]
-                        x = x if x > y else y
-                        z = z if z > w else w
-                        x = x if x > z else z
-                        delta[k, j] = x if x > delta[k, j] else delta[k, j]
-            for j in range(num_tags):
-                delta[k, j] += np.float64(row[j])
-                poisoned |= not delta[k, j] < _INF
-        best = -_INF
-        tag = -1
-        for j in range(num_tags):
-            there = delta[n - 1, j] + np.float64(end[j])
-            poisoned |= not there < _INF
-            if there > best:
-                best = there
-                tag = j
+        poisoned = _best_scores(emissions[b], start, into, steps, n, num_tags, delta)
+        best, tag, lost = _best_end(delta[n - 1], end, num_tags)
+        poisoned |= lost or (n > 1 and not usable)
         scores[b] = np.nan if poisoned else best
         if poisoned or tag < 0:
             continue
@@ -592,6 +592,199 @@ def _viterbi(emissions, transitions, start, end, mask, lengths, check, scores, p
                         top = there
                         before = i
                 tag = before
+    return OK
+
+
+@njit(**JIT)
+def _best_before(delta, into, k, j):
+    """The best predecessor of tag j at step k."""
+    before = 0
+    for i in range(into.shape[1]):
+        if delta[k - 1, i] + into[j, i] > delta[k - 1, before] + into[j, before]:
+            before = i
+    return before
+
+
+@njit(**JIT)
+def _take_detour(f, steps, n, delta, into, best, path, step, tag):
+    """Enter a step of the path from this tag, and that from the best ones; returns the score. See n_best.hpp."""
+    path[step - 1] = tag
+    k = step - 1
+    while k > 0 and path[k] != best[k]:
+        path[k - 1] = _best_before(delta, into, k, path[k])
+        k -= 1
+    path[:k] = best[:k]
+    score = delta[step - 1, tag]
+    for j in range(step, n):
+        score = score + into[path[j], path[j - 1]] + np.float64(f[steps[j], path[j]])
+    return score + into[-1, path[n - 1]]
+
+
+@njit(**JIT)
+def _n_best(emissions, transitions, start, end, mask, lengths, check, scores, paths):
+    batch, time, num_tags = emissions.shape
+    count = scores.shape[1]
+    sources, usable = _sources(transitions)
+    into = np.empty((num_tags + 1, num_tags))  # by destination, the end last
+    into[:num_tags] = sources[:, :num_tags].T
+    for i in range(num_tags):
+        into[num_tags, i] = np.float64(end[i])
+    steps = np.empty(time + 1, np.int64)
+    delta = np.empty((time + 1, sources.shape[1]))
+    found = np.empty((count, time), np.int64)
+    totals = np.empty(count)
+    losses = np.empty(count)  # of the cheapest detours, and their paths, steps and tags; see n_best.hpp
+    detours = np.empty((count, 3), np.int64)
+    scores[:] = -_INF
+    paths[:] = -1
+    for b in range(batch):
+        n = _steps(b, time, mask, lengths, steps)
+        if n < 0 and check:
+            return BAD_LENGTH
+        if n <= 0:
+            scores[b, :] = np.nan if n < 0 else -_INF
+            scores[b, 0] = np.nan if n < 0 else 0.0
+            continue
+        f = emissions[b]
+        poisoned = _best_scores(f, start, sources, steps, n, num_tags, delta)
+        best, tag, lost = _best_end(delta[n - 1], end, num_tags)
+        if poisoned or lost or (n > 1 and not usable):
+            scores[b, :] = np.nan
+            continue
+        if tag < 0:
+            continue
+        for k in range(n - 1, -1, -1):
+            found[0, k] = tag
+            tag = _best_before(delta, into, k, tag) if k else 0
+        totals[0] = best
+        made, held, last, loss = 1, 0, n, 0.0
+        while True:
+            path = found[made - 1]
+            most = count - made
+            held = min(held, most)
+            for k in range(last if most else 0, 0, -1):
+                g = into[path[k] if k < n else num_tags]
+                top = delta[k - 1, path[k - 1]] + g[path[k - 1]]
+                for i in range(num_tags):
+                    cost = loss + (top - (delta[k - 1, i] + g[i]))
+                    if i == path[k - 1] or cost == _INF or (held == most and cost >= losses[held - 1]):
+                        continue
+                    at = held if held < most else held - 1
+                    held = at + 1
+                    while at > 0 and losses[at - 1] > cost:
+                        losses[at] = losses[at - 1]
+                        detours[at] = detours[at - 1]
+                        at -= 1
+                    losses[at] = cost
+                    detours[at, 0], detours[at, 1], detours[at, 2] = made - 1, k, i
+            if held == 0:
+                break
+            loss, parent, step, tag = losses[0], detours[0, 0], detours[0, 1], detours[0, 2]
+            for at in range(held - 1):
+                losses[at] = losses[at + 1]
+                detours[at] = detours[at + 1]
+            held -= 1
+            found[made] = found[parent]
+            totals[made] = _take_detour(f, steps, n, delta, into, found[0], found[made], step, tag)
+            made, last = made + 1, step - 1
+        order = np.argsort(-totals[:made], kind="mergesort")  # sums along the paths may round to another order
+        for c in range(made):
+            scores[b, c] = totals[order[c]]
+            for k in range(n):
+                paths[b, c, steps[k]] = found[order[c], k]
+    return OK
+
+
+@njit(**EXACT)
+def _below(state, index):
+    """The state of a random number's item below another one's, as csrc/chain/sample.hpp has it."""
+    z = state + np.uint64(index + 1) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@njit(**EXACT)
+def _sum_shares(row, sums):
+    """Sums of exp(row) up to each tag, the largest 1; in row logs."""
+    _bring_to_zero(row)
+    total = 0.0
+    for i in range(len(row)):
+        total += math.exp(row[i])
+        sums[i] = total
+
+
+@njit(**JIT)
+def _sample(emissions, transitions, start, end, mask, lengths, seed, check, paths):
+    batch, time, num_tags = emissions.shape
+    count = paths.shape[1]
+    padded = (num_tags + _LANES - 1) // _LANES * _LANES
+    steps = np.empty(time + 1, np.int64)
+    a = np.zeros((time, padded))
+    u = np.zeros((time, padded))
+    tags = np.empty(count, np.int64)
+    states = np.empty(count, np.uint64)
+    terms = np.empty(num_tags)
+    sums = np.empty((num_tags, num_tags))  # of the weights of predecessors up to each, by destination
+    known = np.empty(num_tags, np.int64)  # the step whose sums are there
+    top = np.float64(transitions.max())
+    top = top if abs(top) < _INF else 0.0
+    end_top = np.float64(end.max())
+    end_top = end_top if abs(end_top) < _INF else 0.0
+    weights = np.zeros((num_tags + 1, padded))  # by destination, the end last
+    usable = not _NEAR < abs(np.float64(start.max())) < _INF
+    for i in range(num_tags):
+        for j in range(num_tags):
+            weights[j, i] = math.exp(np.float64(transitions[i, j]) - top)
+            usable &= weights[j, i] <= 1.0
+        weights[num_tags, i] = math.exp(np.float64(end[i]) - end_top)
+        usable &= weights[num_tags, i] <= 1.0
+    paths[:] = -1
+    for b in range(batch):
+        n = _steps(b, time, mask, lengths, steps)
+        if n < 0 and check:
+            return BAD_LENGTH
+        f = emissions[b]
+        if n <= 0 or not _scored(f, transitions, start, end, steps, n):
+            continue
+        on = np.empty((0, 0), np.bool_)
+        slow = not usable
+        if not slow:
+            _, clean, suspect = _forward(f, weights, start, steps, n, num_tags, a, u)
+            slow = not clean or _underflowed(a, f, transitions, start, steps, suspect, num_tags)
+            slow |= not _dot(a[n - 1], weights[num_tags]) >= _TINY
+        if slow:
+            on = _crossed(f, transitions, start, end, steps, n, num_tags)
+            if not on[0].any():
+                continue
+            _log_forward(f, transitions, start, end, steps, n, num_tags, on, a)
+        row = _below(seed, b)
+        for s in range(count):
+            states[s] = _below(row, s)
+        tags[:] = 0
+        known[:] = -1
+        for k in range(n - 1, -1, -1):
+            for s in range(count):
+                j = tags[s]
+                if known[j] != k:
+                    known[j] = k
+                    if slow:
+                        for i in range(num_tags):
+                            score = np.float64(end[i] if k == n - 1 else transitions[i, j])
+                            terms[i] = a[k, i] + score if on[k, i] else -_INF
+                        _sum_shares(terms, sums[j])
+                    else:
+                        edges = weights[num_tags if k == n - 1 else j]
+                        total = 0.0
+                        for i in range(num_tags):
+                            total += a[k, i] * edges[i]
+                            sums[j, i] = total
+                share = np.float64(_below(states[s], k) >> np.uint64(12)) * 2.0**-52 * sums[j, num_tags - 1]
+                tag = 0
+                for i in range(num_tags - 1):
+                    tag += sums[j, i] <= share
+                tags[s] = tag
+                paths[b, s, steps[k]] = tag
     return OK
 
 
@@ -635,4 +828,15 @@ def crf(
 
 def viterbi(chain: Chain, check: bool, scores: Tensor, path: Tensor) -> int:
     status: int = _viterbi(*_arrays(chain), check, scores.numpy(), path.numpy())
+    return status
+
+
+def n_best(chain: Chain, check: bool, scores: Tensor, paths: Tensor) -> int:
+    status: int = _n_best(*_arrays(chain), check, scores.numpy(), paths.numpy())
+    return status
+
+
+def sample(chain: Sampling, check: bool, paths: Tensor) -> int:
+    seed = np.uint64(int(chain.seed) % 2**64)
+    status: int = _sample(*_arrays(chain), seed, check, paths.numpy())
     return status

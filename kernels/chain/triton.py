@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyseq.kernels import OK
 from pyseq.kernels.chain import SCORE, Chain, Gradients, reduces
+from pyseq.kernels.chain._memm_triton import local_steps, neighbours
 from pyseq.kernels.chain._triton_kernels import (
     chain_edges_kernel,
     crf_bwd_kernel,
@@ -25,7 +26,7 @@ from pyseq.kernels.chain._triton_kernels import (
     viterbi_fwd_kernel,
 )
 
-__all__ = ["crf", "viterbi"]
+__all__ = ["crf", "local_steps", "neighbours", "viterbi"]
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 FAST, WIDE, LOG = 0, 1, 2  # paths: exp domain at the width of the sums, in float64, log domain
 

@@ -1,7 +1,6 @@
 """A linear-chain CRF layer: drop-in for `torchcrf.CRF` of pytorch-crf 0.7.2, for any mask and any float dtype."""
 
-from itertools import accumulate, chain
-from operator import index
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -9,23 +8,30 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from pyseq import ops
+from pyseq.nn._chain import Chain, EmissionsLayer, check_compute, check_reduction, forbid, steps
+from pyseq.nn._chain import Reduction as Reduction
+from pyseq.nn.constraints import Constraints
+from pyseq.nn.hmm import HMM
+from pyseq.nn.memm import MEMM
 
-Reduction = Literal["none", "sum", "mean", "token_mean"]
 Ignored = Literal["absent", "unknown"]
 Compute = Literal["log_likelihood", "nll", "viterbi", "decode", "marginals"]
-# emissions (B, T, K), transitions, start, end, mask (B, T)
-_Chain = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+_WITH_TAGS = ("log_likelihood", "nll")
 
 
-class CRF(nn.Module):
+class CRF(EmissionsLayer):
     """Linear-chain conditional random field over an encoder's emissions.
 
     num_tags: K, at least 1, else ValueError. batch_first: the module's layout, False for emissions (T, B, K), tags and
     masks (T, B); True for (B, T, K) and (B, T).
+    constraints: (start (K,), transitions (K, K), end (K,)) of bool, True where allowed, None where everything is, as
+    `tag_constraints` gives them for BIO, BIOES and BMES. What is forbidden scores -inf in every method, while its
+    weight stays finite. They are no part of the state dict, and follow the weights from device to device. TypeError
+    or ValueError for what does not fit.
     Parameters, interchangeable with those of `torchcrf.CRF`: start_transitions (K,), end_transitions (K,), transitions
     (K, K), where [i, j] scores going from tag i to tag j.
 
-    A score of -inf forbids, with zero gradient. Write it into emissions, or into transitions that no optimizer updates:
+    A score of -inf forbids, with zero gradient. Use `constraints` or write it into emissions, never into weights:
     weight decay that is part of the gradient (SGD, Adam, RMSprop, Adagrad, RAdam), Adafactor and averages of weights
     (SWA, EMA) turn a trained -inf into NaN, and every best path into -1.
 
@@ -41,16 +47,9 @@ class CRF(nn.Module):
     Time O(B T K^2), memory O(B T K). Source: Lafferty, McCallum and Pereira 2001.
     """
 
-    def __init__(self, num_tags: int, batch_first: bool = False) -> None:
-        try:
-            num_tags = index(None if isinstance(num_tags, bool) else num_tags)  # type: ignore[arg-type]
-        except TypeError:
-            raise TypeError(f"num_tags must be an integer, got {num_tags!r}") from None
-        if num_tags <= 0:
-            raise ValueError(f"invalid number of tags: {num_tags}")
-        super().__init__()
-        self.num_tags = num_tags
-        self.batch_first = batch_first
+    def __init__(self, num_tags: int, batch_first: bool = False, *, constraints: Constraints | None = None) -> None:
+        super().__init__(num_tags, batch_first, constraints)
+        num_tags = self.num_tags
         self.start_transitions = nn.Parameter(torch.empty(num_tags))
         self.end_transitions = nn.Parameter(torch.empty(num_tags))
         self.transitions = nn.Parameter(torch.empty(num_tags, num_tags))
@@ -60,9 +59,6 @@ class CRF(nn.Module):
         """Draw every parameter from the uniform distribution on [-0.1, 0.1]."""
         for parameter in (self.start_transitions, self.end_transitions, self.transitions):
             nn.init.uniform_(parameter, -0.1, 0.1)
-
-    def extra_repr(self) -> str:
-        return f"num_tags={self.num_tags}"
 
     def forward(
         self,
@@ -74,7 +70,8 @@ class CRF(nn.Module):
         ignore_index: int = -100,
         ignored: Ignored | None = None,
         compute: Compute = "log_likelihood",
-    ) -> Tensor | tuple[Tensor, Tensor] | list[list[int]]:
+        n_best: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor] | list[list[Any]]:
         """Log-likelihood of the tags in nats, at most 0, to be maximised; or what another method computes.
 
         emissions: (T, B, K), or (B, T, K) with `batch_first`; float32, float64, bfloat16 or float16. tags: (T, B) or
@@ -83,7 +80,7 @@ class CRF(nn.Module):
         by B, "token_mean" by the number of live steps.
         ignored: what the label `ignore_index` means at a live step, "absent" or "unknown"; None: it is out of range.
         compute: "log_likelihood", or the method whose result is wanted for these arguments: "nll", "viterbi", "decode"
-        or "marginals"; the last three take no tags.
+        or "marginals"; the last three take no tags. n_best: as `viterbi` and `decode` take it.
         Returns float64 where emissions or parameters are float64, else float32; -inf, with zero gradient, for a
         sequence whose tags are forbidden. Differentiable twice.
         Raises ValueError, in the words of `torchcrf.CRF`, for a wrong shape or reduction; ValueError for another word
@@ -95,26 +92,13 @@ class CRF(nn.Module):
         >>> crf(torch.zeros(1, 2, 1), torch.tensor([[0, 0]])).exp().item()
         1.0
         """
-        tagged = compute == "nll" or compute == "log_likelihood"
-        if not tagged:
-            if compute not in ("viterbi", "decode", "marginals"):
-                wanted = "'log_likelihood', 'nll', 'viterbi', 'decode' or 'marginals'"
-                raise ValueError(f"compute must be {wanted}, got {compute!r}")
-            if tags is not None:
-                raise TypeError(f"compute={compute!r} takes no tags; give None for them, then the mask")
-        self._validate(emissions, tags, mask, tagged)
+        check_compute(compute, _WITH_TAGS, tags, n_best)
+        self._validate(emissions, tags, mask, compute in _WITH_TAGS)
         given = self._chain(emissions, mask)
         if tags is not None:
-            tags = tags if self.batch_first else tags.transpose(0, 1)
-            nll = _nll(given, tags, reduction, ignore_index, ignored)
+            nll = _nll(given, self._batched(tags), reduction, ignore_index, ignored)
             return nll if compute == "nll" else -nll
-        if compute == "marginals":
-            marginals = ops.crf_marginals(*given)
-            return marginals if self.batch_first else marginals.transpose(0, 1)
-        scores, path = ops.viterbi(*given)
-        if compute == "decode":
-            return _live_tags(path, given[4])
-        return scores, path if self.batch_first else path.transpose(0, 1)
+        return self._infer(given, compute, n_best)  # type: ignore[no-any-return]
 
     def nll(
         self,
@@ -149,35 +133,42 @@ class CRF(nn.Module):
         options: dict[str, Any] = {"ignore_index": ignore_index, "ignored": ignored, "compute": "nll"}
         return self._call(emissions, tags, mask, reduction, **options)  # type: ignore[no-any-return]
 
-    def decode(self, emissions: Tensor, mask: Tensor | None = None) -> list[list[int]]:
+    def decode(self, emissions: Tensor, mask: Tensor | None = None, *, n_best: int | None = None) -> list[list[Any]]:
         """The best tags of each sequence's live steps, as B lists; all -1 where no path is feasible.
 
         emissions: (T, B, K), or (B, T, K) with `batch_first`; float32, float64, bfloat16 or float16. mask: (T, B) or
         (B, T), bool or uint8, nonzero is live; None: all live. Ties go to the lowest tag, from the last step backwards.
+        n_best: N, for B lists of the N best paths, best first; fewer, perhaps none, where no more are feasible.
         Copies to the host; `viterbi` does not.
-        Raises ValueError, in the words of `torchcrf.CRF`, for a wrong shape, and for tensors on different devices;
-        TypeError for a wrong dtype.
+        Raises ValueError, in the words of `torchcrf.CRF`, for a wrong shape, for tensors on different devices, and for
+        n_best below 1; TypeError for a wrong dtype.
 
         >>> CRF(3, batch_first=True).decode(torch.eye(3).unsqueeze(0))
         [[0, 1, 2]]
+        >>> CRF(2, batch_first=True).decode(torch.tensor([[[0.0, 1.0]]]), n_best=3)  # there are two paths
+        [[[1], [0]]]
         """
-        return self._call(emissions, None, mask, compute="decode")  # type: ignore[no-any-return]
+        return self._call(emissions, None, mask, compute="decode", n_best=n_best)  # type: ignore[no-any-return]
 
-    def viterbi(self, emissions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The best path and its score.
+    def viterbi(
+        self, emissions: Tensor, mask: Tensor | None = None, *, n_best: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The best path and its score, or the N best.
 
         emissions: (T, B, K), or (B, T, K) with `batch_first`; float32, float64, bfloat16 or float16. mask: (T, B) or
         (B, T), bool or uint8, nonzero is live; None: all live.
         Returns scores (B,), float64 where emissions or parameters are float64, else float32, and tags int64 in the
         module's layout, -1 where masked. Where no path is feasible the score is -inf and every tag -1. Ties go to the
         lowest tag, from the last step backwards. Not differentiable.
-        Raises ValueError, in the words of `torchcrf.CRF`, for a wrong shape, and for tensors on different devices;
-        TypeError for a wrong dtype.
+        n_best: N, for scores (B, N), not increasing, and tags (B, N, T) of different paths, in this order whatever
+        `batch_first` is; -inf and -1 where no more are feasible.
+        Raises ValueError, in the words of `torchcrf.CRF`, for a wrong shape, for tensors on different devices, and for
+        n_best below 1; TypeError for a wrong dtype.
 
         >>> CRF(3, batch_first=True).viterbi(torch.eye(3).unsqueeze(0))[1]
         tensor([[0, 1, 2]])
         """
-        return self._call(emissions, None, mask, compute="viterbi")  # type: ignore[no-any-return]
+        return self._call(emissions, None, mask, compute="viterbi", n_best=n_best)  # type: ignore[no-any-return]
 
     def marginals(self, emissions: Tensor, mask: Tensor | None = None) -> Tensor:
         """Posterior probability of each tag at each step.
@@ -198,52 +189,17 @@ class CRF(nn.Module):
         """Through `__call__`, but past a subclass's own forward, which may know nothing of `compute`."""
         return self(*args, **options) if type(self).forward is CRF.forward else CRF.forward(self, *args, **options)
 
-    def _validate(self, emissions: Tensor, tags: Tensor | None, mask: Tensor | None, tagged: bool) -> None:
-        _dense("emissions", emissions)
-        if emissions.dim() != 3:
-            raise ValueError(f"emissions must have dimension of 3, got {emissions.dim()}")
-        rows, columns, num_tags = emissions.shape
-        if num_tags != self.num_tags:
-            raise ValueError(f"expected last dimension of emissions is {self.num_tags}, got {num_tags}")
-        if tagged:
-            _matching("tags", tags, (rows, columns))
-        if mask is not None:
-            _matching("mask", mask, (rows, columns))
-
-    def _chain(self, emissions: Tensor, mask: Tensor | None) -> _Chain:
+    def _chain(self, emissions: Tensor, mask: Tensor | None) -> Chain:
         """Views with the batch first, and a bool mask."""
-        transitions = self.transitions
+        weights = self.start_transitions, self.transitions, self.end_transitions
+        start, transitions, end = map(forbid, weights, self._allowed)
         if transitions.dtype == torch.float64:
             emissions = emissions.double()
-        if mask is not None and mask.dtype != torch.bool:
-            if mask.dtype != torch.uint8:
-                raise TypeError(f"mask must be of dtype torch.bool or torch.uint8, got {mask.dtype}; use mask.bool()")
-            mask = mask != 0
-        if not self.batch_first:
-            emissions = emissions.transpose(0, 1)
-            mask = None if mask is None else mask.transpose(0, 1)
-        return emissions, transitions, self.start_transitions, self.end_transitions, mask
+        return self._batched(emissions), transitions, start, end, self._live(mask)
 
 
-def _dense(name: str, x: object) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.is_nested:
-        raise TypeError(f"{name} must be a dense tensor, got a nested one; use padding and a mask")
-    return x
-
-
-def _matching(name: str, x: Tensor | None, shape: tuple[int, int]) -> None:
-    x = _dense(name, x)
-    if x.shape != shape:
-        raise ValueError(
-            f"the first two dimensions of emissions and {name} must match, got {shape} and {tuple(x.shape)}"
-        )
-
-
-def _nll(given: _Chain, tags: Tensor, reduction: Reduction, ignore_index: int, ignored: Ignored | None) -> Tensor:
-    if reduction not in ("none", "sum", "mean", "token_mean"):
-        raise ValueError(f"invalid reduction: {reduction}")
+def _nll(given: Chain, tags: Tensor, reduction: Reduction, ignore_index: int, ignored: Ignored | None) -> Tensor:
+    check_reduction(reduction)
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
     if not -(2**63) <= ignore_index < 2**63:
@@ -251,52 +207,33 @@ def _nll(given: _Chain, tags: Tensor, reduction: Reduction, ignore_index: int, i
     if ignored not in (None, "absent", "unknown"):
         raise ValueError(f"ignored must be None, 'absent' or 'unknown', got {ignored!r}")
     emissions, transitions, start, end, mask = given
-    reduced = "sum" if reduction == "token_mean" else reduction
+    summed = "sum" if reduction == "token_mean" else reduction
     if ignored is not None:
         known = tags != ignore_index
         labelled = known if mask is None else known & mask
     if ignored == "unknown":
-        nll = _partial_nll(given, tags, labelled)
-        nll = nll.sum() if reduced == "sum" else nll.mean() if reduced == "mean" else nll
+        with torch.no_grad():
+            ops.crf_score(emissions, transitions, tags, start, end, labelled)  # raises on a tag out of range
+        allowed = (torch.arange(emissions.size(2), device=tags.device) == tags.unsqueeze(2)) | ~known.unsqueeze(2)
+        nll = ops.crf_nll(emissions, transitions, None, start, end, mask, allowed=allowed, reduction=summed)
     else:
         mask = mask if ignored is None else labelled
-        nll = ops.crf_nll(emissions, transitions, tags, start, end, mask, reduction=reduced)
-    if reduction == "token_mean":
-        return nll / (max(tags.numel(), 1) if mask is None else mask.sum().clamp(min=1))
-    return nll
+        nll = ops.crf_nll(emissions, transitions, tags, start, end, mask, reduction=summed)
+    return nll / steps(mask, tags) if reduction == "token_mean" else nll
 
 
-def _partial_nll(given: _Chain, tags: Tensor, labelled: Tensor) -> Tensor:
-    """log Z minus log Z over the paths that agree with the tags at labelled steps, (B,)."""
-    emissions, transitions, start, end, mask = given
-    with torch.no_grad():
-        ops.crf_score(emissions, transitions, tags, start, end, labelled)  # raises on a tag out of range
-    others = torch.arange(emissions.size(2), device=tags.device) != tags.unsqueeze(2)
-    agreeing = emissions.masked_fill(others & labelled.unsqueeze(2), -torch.inf)
-    log_z = ops.crf_log_partition(*given)
-    log_agreeing = ops.crf_log_partition(agreeing, transitions, start, end, mask)
-    nll = torch.where(log_agreeing == -torch.inf, torch.inf, log_z - log_agreeing)
-    return nll - nll.detach().clamp(max=0)  # rounding must not make a loss negative
-
-
-def _live_tags(path: Tensor, mask: Tensor | None) -> list[list[int]]:
-    """The tags of each sequence's live steps."""
-    if mask is None:
-        return path.tolist()  # type: ignore[no-any-return]
-    mask = mask.cpu()  # NumPy selects several times faster than torch
-    flat, counts = path.cpu().numpy()[mask.numpy()].tolist(), mask.sum(1).tolist()
-    return [flat[stop - count : stop] for count, stop in zip(counts, accumulate(counts), strict=True)]
+_HEADS = (CRF, MEMM, HMM)
 
 
 def crf_parameter_groups(model: nn.Module, lr: float, multiplier: float = 100.0) -> list[dict[str, Any]]:
-    """Parameter groups, for any torch optimizer, in which the CRFs of a model learn `multiplier` times faster.
+    """Parameter groups, for any torch optimizer, in which the heads of a model learn `multiplier` times faster.
 
     At an encoder's own rate, 1e-5, a CRF's transitions hardly move; they want 1e-3 or more.
-    model: a module that is or contains a CRF, else ValueError; TypeError for what is no module. lr: of all other
-    parameters; TypeError for what is no number. Returns their group, then the group of the CRFs' own parameters, pruned
-    and parametrized ones too, at `lr * multiplier`, without empty ones. Every parameter that requires a gradient
-    appears once, also where modules share it (a CRF's claim comes first). Decoupled weight decay (AdamW) takes
-    `lr * weight_decay` a step, so it grows too; set `groups[-1]["weight_decay"]` to choose otherwise.
+    model: a module that is or contains a head, a CRF, MEMM or HMM, else ValueError; TypeError for what is no module.
+    lr: of all other parameters; TypeError for what is no number. Returns their group, then the group of the heads' own
+    parameters, pruned and parametrized ones too, at `lr * multiplier`, without empty ones. Every parameter that
+    requires a gradient appears once, also where modules share it (a head's claim comes first). Decoupled weight decay
+    (AdamW) takes `lr * weight_decay` a step, so it grows too; set `groups[-1]["weight_decay"]` to choose otherwise.
 
     >>> model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(8, 3), "crf": CRF(3)})
     >>> [(len(group["params"]), group["lr"]) for group in crf_parameter_groups(model, lr=0.5, multiplier=10.0)]
@@ -307,11 +244,12 @@ def crf_parameter_groups(model: nn.Module, lr: float, multiplier: float = 100.0)
     for name, rate in (("lr", lr), ("multiplier", multiplier)):
         if not isinstance(rate, (int, float, Tensor)):
             raise TypeError(f"{name} must be a number, got {rate!r}")
-    crfs = [module for module in model.modules() if isinstance(module, CRF)]
-    if not crfs:
-        raise ValueError(f"{type(model).__name__} contains no pyseq.nn.CRF; pass the model that holds it")
-    own = [crf.parameters(recurse=False) for crf in crfs]
-    own += [crf.parametrizations.parameters() for crf in crfs if is_parametrized(crf)]  # type: ignore[union-attr]
+    layers = [module for module in model.modules() if isinstance(module, _HEADS)]
+    if not layers:
+        names = " or ".join(f"pyseq.nn.{head.__name__}" for head in _HEADS)
+        raise ValueError(f"{type(model).__name__} contains no {names}; pass the model that holds it")
+    own = [layer.parameters(recurse=False) for layer in layers]
+    own += [layer.parametrizations.parameters() for layer in layers if is_parametrized(layer)]  # type: ignore[union-attr]
     heads = set(chain.from_iterable(own))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = (

@@ -77,12 +77,15 @@ class Backends:
     order: for each device type the compiled backends that "auto" asks, first choice first; the reference comes last,
     and serves other devices. A backend that is in no order has no kernel for the op.
     limits: a backend's own reasons against some inputs, of which all but the first tensor may be None.
+    task: what is served, in messages. others: for an optional argument of a public op, who serves calls that give it.
     """
 
     room: str
     inputs: Callable[..., Any]
     order: Mapping[str, tuple[Name, ...]]
     limits: Mapping[str, Callable[[Any], list[str]]] = field(default_factory=dict)
+    task: str = "this op"
+    others: Mapping[str, "Backends"] = field(default_factory=dict)
 
     def op(self, function: Op) -> Op:
         """Decorate a public op, so that `explain` knows it."""
@@ -99,7 +102,7 @@ class Backends:
         if backend == "reference":
             return []
         if backend not in self.kernels:
-            return [f"there is no {backend} kernel for this op"]
+            return [f"there is no {backend} kernel for {self.task}"]
         reasons = environment(self.room, backend, device_type(inputs))
         return self.limits[backend](inputs) if not reasons and backend in self.limits else reasons
 
@@ -245,6 +248,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     given = inspect.signature(op).bind_partial(*args, **kwargs).arguments
     if next(tensors_in(given.values()), None) is None:
         raise TypeError(f"explain({op.__name__}, ...) needs the tensors of the call")
+    backends = next((x for name, x in backends.others.items() if given.get(name) is not None), backends)
     names = inspect.signature(backends.inputs).parameters
     inputs = backends.inputs(**{name: given.get(name) for name in names})
     out = Explanation({name: backends.reasons(name, inputs) for name in BACKENDS})

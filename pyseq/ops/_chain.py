@@ -6,11 +6,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyseq.kernels.chain import BAD_LENGTH, BAD_TAG, PARTITION, Chain
+from pyseq.kernels.chain import BAD_LENGTH, BAD_TAG, PARTITION, Chain, Sampling
 from pyseq.ops import _chain_reference as by_reference
 from pyseq.ops._autograd import refuse_upstream, shared_weight
 from pyseq.ops._backend import Backends, settings
-from pyseq.ops._chain_reference import PathOptions, ValueOptions
+from pyseq.ops._chain_reference import NBestOptions, PathOptions, SampleOptions, ValueOptions
 from pyseq.ops._library import Raw, needs_grad
 from pyseq.ops._torch import keeps_graph
 
@@ -24,7 +24,16 @@ def _triton_limits(chain: Chain) -> list[str]:
     return []
 
 
-BACKENDS = Backends("chain", Chain, {"cpu": ("cpp", "numba"), "cuda": ("triton",)}, {"triton": _triton_limits})
+SAMPLE = Backends("chain", Sampling, {"cpu": ("cpp", "numba")}, task="sampling")
+ENTROPY = Backends("chain", Chain, {}, task="the entropy")
+N_BEST = Backends("chain", Chain, {"cpu": ("cpp", "numba")}, task="n-best")
+BACKENDS = Backends(
+    "chain",
+    Chain,
+    {"cpu": ("cpp", "numba"), "cuda": ("triton",)},
+    {"triton": _triton_limits},
+    others={"n_best": N_BEST},
+)
 
 
 def value(chain: Chain, kind: int, reduction: Reduction, backend: str) -> Tensor:
@@ -36,6 +45,17 @@ def value(chain: Chain, kind: int, reduction: Reduction, backend: str) -> Tensor
     if torch.is_grad_enabled() and needs_grad(chain):
         return _value_and_grad.first(chain, options, direct)
     return _value(chain, options, direct)  # type: ignore[no-any-return]
+
+
+def partial_nll(chain: Chain, allowed: Chain, reduction: Reduction, backend: str) -> Tensor:
+    """log Z less that of the allowed paths; a sequence without one takes no part in log Z, NaN or not."""
+    log_allowed = value(allowed, PARTITION, "none", backend)
+    dead = log_allowed == -torch.inf
+    alive = chain._replace(emissions=chain.emissions.masked_fill(dead[:, None, None], 0.0))
+    nll = value(alive, PARTITION, "none", backend) - log_allowed
+    nll = nll - nll.detach().clamp(max=0)  # rounding must not make a loss negative
+    nll = torch.where(dead, torch.inf, nll)
+    return nll if reduction == "none" else nll.sum() if reduction == "sum" else nll.mean()
 
 
 def marginals(chain: Chain, backend: str) -> Tensor:
@@ -52,6 +72,26 @@ def best_path(chain: Chain, backend: str) -> tuple[Tensor, Tensor]:
     direct, check, backend = BACKENDS.way(backend, chain)
     options = PathOptions(check, backend)
     return by_reference.best_path(chain, options) if backend == "reference" else _viterbi(chain, options, direct)
+
+
+def n_best_paths(chain: Chain, n_best: int, backend: str) -> tuple[Tensor, Tensor]:
+    """Scores (B, N) and tags (B, N, T)."""
+    direct, check, backend = N_BEST.way(backend, chain)
+    options = NBestOptions(n_best, check, backend)
+    return by_reference.n_best_paths(chain, options) if backend == "reference" else _n_best(chain, options, direct)
+
+
+def samples(sampling: Sampling, count: int, backend: str) -> Tensor:
+    """(B, N, T)."""
+    direct, check, backend = SAMPLE.way(backend, sampling)
+    options = SampleOptions(count, check, backend)
+    return by_reference.samples(sampling, options) if backend == "reference" else _sample(sampling, options, direct)  # type: ignore[no-any-return]
+
+
+def entropy(chain: Chain, backend: str) -> Tensor:
+    """(B,)."""
+    _, check, backend = ENTROPY.way(backend, chain)
+    return by_reference.entropy(chain, PathOptions(check, backend))
 
 
 def _launch(raw: Raw, name: str, chain: Chain, backend: str, *rest: Any) -> None:
@@ -147,6 +187,37 @@ def _viterbi_kernel(chain: Chain, options: PathOptions) -> tuple[Tensor, Tensor]
     return scores, path
 
 
+def _n_best_fake(chain: Chain, options: NBestOptions) -> tuple[Tensor, Tensor]:
+    (batch, time, _), new = chain.emissions.shape, chain.transitions.new_empty
+    return new(batch, options.n_best), new(batch, options.n_best, time, dtype=torch.int64)
+
+
+def _n_best_kernel(chain: Chain, options: NBestOptions) -> tuple[Tensor, Tensor]:
+    if settings.check:
+        options = by_reference.checked(options, chain)
+    if options.backend == "reference":
+        return by_reference.n_best_paths(chain, options)
+    scores, paths = _n_best_fake(chain, options)
+    _launch(_n_best, "n_best", chain, options.backend, options.check, scores, paths)
+    return scores, paths
+
+
+def _sample_fake(sampling: Sampling, options: SampleOptions) -> Tensor:
+    batch, time, _ = sampling.emissions.shape
+    return sampling.seed.new_empty(batch, options.num_samples, time)  # type: ignore[no-any-return]
+
+
+def _sample_kernel(sampling: Sampling, options: SampleOptions) -> Tensor:
+    if settings.check:
+        options = by_reference.checked(options, by_reference.chain_of(sampling))
+    if options.backend == "reference":
+        return by_reference.samples(sampling, options)
+    paths = _sample_fake(sampling, options)
+    if _sample.launch("sample", sampling, options.backend, options.check, paths, rows=("emissions",)) == BAD_LENGTH:
+        by_reference.raise_bad_values(by_reference.chain_of(sampling))
+    return paths
+
+
 _value = Raw("crf_value", Chain, ValueOptions, _value_kernel, _value_fake, BACKENDS, gradient=_value_gradient)
 _value_and_grad = Raw(
     "crf_value_and_grad",
@@ -159,3 +230,5 @@ _value_and_grad = Raw(
     gradient=_value_and_grad_gradient,
 )
 _viterbi = Raw("viterbi", Chain, PathOptions, _viterbi_kernel, _viterbi_fake, BACKENDS, returns=2)
+_n_best = Raw("viterbi_n_best", Chain, NBestOptions, _n_best_kernel, _n_best_fake, N_BEST, returns=2)
+_sample = Raw("crf_sample", Sampling, SampleOptions, _sample_kernel, _sample_fake, SAMPLE)

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyseq.kernels.chain import NLL, PARTITION, Chain, Gradients
+from pyseq.kernels.chain import NLL, PARTITION, Chain, Gradients, Sampling
 from pyseq.ops._backend import settings
 from pyseq.ops._torch import traced
 from pyseq.reference import chain as reference
+from pyseq.reference import chain_paths as paths
 
 
 class ValueOptions(NamedTuple):
@@ -20,6 +21,18 @@ class ValueOptions(NamedTuple):
 
 
 class PathOptions(NamedTuple):
+    check: bool
+    backend: str
+
+
+class NBestOptions(NamedTuple):
+    n_best: int
+    check: bool
+    backend: str
+
+
+class SampleOptions(NamedTuple):
+    num_samples: int
     check: bool
     backend: str
 
@@ -59,6 +72,34 @@ def best_path(chain: Chain, options: PathOptions) -> tuple[Tensor, Tensor]:
         scores = scores * _one_or_nan(chain)
         tags = tags.masked_fill(scores.isnan().unsqueeze(1), -1)
     return scores, tags
+
+
+def n_best_paths(chain: Chain, options: NBestOptions) -> tuple[Tensor, Tensor]:
+    options = checked(options, chain)
+    given = chain.emissions, chain.transitions, chain.start, chain.end, live(chain)
+    scores, tags = paths.viterbi_n_best(*given, options.n_best)
+    if not options.check:
+        lost = _one_or_nan(chain).unsqueeze(1)
+        scores, tags = scores * lost, tags.masked_fill(lost.isnan().unsqueeze(2), -1)
+    return scores, tags
+
+
+def chain_of(sampling: Sampling) -> Chain:
+    return Chain(*sampling[:4], mask=sampling.mask, lengths=sampling.lengths)
+
+
+def samples(sampling: Sampling, options: SampleOptions) -> Tensor:
+    chain = chain_of(sampling)
+    options = checked(options, chain)
+    given = chain.emissions, chain.transitions, chain.start, chain.end, live(chain)
+    tags = paths.crf_sample(*given, sampling.seed, options.num_samples)
+    return tags if options.check else tags.masked_fill(_one_or_nan(chain).isnan()[:, None, None], -1)
+
+
+def entropy(chain: Chain, options: PathOptions) -> Tensor:
+    options = checked(options, chain)
+    out = paths.crf_entropy(chain.emissions, chain.transitions, chain.start, chain.end, live(chain))
+    return out if options.check else out * _one_or_nan(chain)
 
 
 def value_and_grad(chain: Chain, options: ValueOptions) -> tuple[Tensor, ...]:

@@ -86,6 +86,14 @@ class Signature:
             return lambda *_: False
 
 
+def positive(name: str, x: object) -> None:
+    """TypeError unless x is an integer, ValueError unless it is at least 1."""
+    if not isinstance(x, (int, torch.SymInt)) or isinstance(x, bool):
+        raise TypeError(f"{name} must be an integer, got {x!r}")
+    if x < 1:
+        raise ValueError(f"{name} must be at least 1, got {x}")
+
+
 def wide(lead: Tensor) -> torch.dtype:
     """The dtype that sums are kept in."""
     return torch.float64 if lead.dtype == torch.float64 else torch.float32

@@ -365,7 +365,7 @@ def _check(group: dict[str, Any]) -> None:
     for name, x in (("lr", lr), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
         if not isinstance(x, Real):
             raise TypeError(f"{name} must be a number, got {x!r}")
-        if not 0 <= x < math.inf:
+        if not 0 <= float(x) < math.inf:
             raise ValueError(f"{name} must be a finite number from 0, got {x!r}")
     betas = group["betas"]
     if not hasattr(betas, "__len__") or len(betas) != 2 or not all(0 <= b < 1 for b in betas):

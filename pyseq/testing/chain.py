@@ -20,7 +20,7 @@ from pyseq import explain, ops
 from pyseq.kernels.chain import NLL, PARTITION, SCORE, Gradients
 from pyseq.kernels.chain import Chain as Inputs
 from pyseq.ops._backend import launcher
-from pyseq.testing import Array, assert_within, launches, unit
+from pyseq.testing import Array, assert_within, launches, memm, unit
 from pyseq.testing.aot import Binary
 
 NEG_INF = -math.inf
@@ -444,6 +444,7 @@ def binaries(quick: bool) -> Iterator[Binary]:
     for tags, dtype, kind in ((9, torch.bfloat16, NLL), (128, torch.float32, NLL)) if quick else every:
         labels: dict[str, str | int] = {"kind": names[kind], "dtype": str(dtype)[6:], "K": tags}
         yield Binary(labels, launcher("chain", "triton"), triton_call(kind, dtype, tags))
+    yield from memm.binaries(quick)
 
 
 def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -475,3 +476,4 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
                 yield f"{op.__name__} {name}", functools.partial(values, problem, kind)
         yield f"viterbi {name}", functools.partial(best, problem)
     yield "all domains", domains
+    yield from memm.cases(device)

@@ -35,8 +35,7 @@ def batch(batch_first: bool, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_signatures_parameters_and_checkpoints() -> None:
-    assert str(inspect.signature(CRF)) == str(inspect.signature(torchcrf.CRF))
-    for method in ("forward", "decode"):
+    for method in ("__init__", "forward", "decode"):
         ours, peer = (inspect.signature(getattr(cls, method)).parameters for cls in (CRF, torchcrf.CRF))
         positional = {name: p.default for name, p in ours.items() if p.kind is not p.KEYWORD_ONLY}
         assert list(positional.items()) == [(name, p.default) for name, p in peer.items()]

@@ -507,6 +507,8 @@ def test_bad_input(name: str, mutate: Callable[[Chain], Chain], error: type, mes
     bad = mutate(chain(3, 5, 4))
     untagged = () if "label" in name else (ops.crf_log_partition, ops.crf_marginals, ops.viterbi)
     for op in (ops.crf_nll, ops.crf_score, *untagged):
+        if op is ops.crf_nll and bad.tags is None:
+            continue  # which may have `allowed` in their place
         with pytest.raises(error, match=message):
             bad(op, backend)
 

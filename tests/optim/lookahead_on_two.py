@@ -1,5 +1,6 @@
 """Run as a script: Lookahead on two gloo processes, by DDP and FSDP2, follows the same training in one."""
 
+import gc
 import sys
 import tempfile
 
@@ -29,9 +30,7 @@ def step(model: nn.Module, opt: Lookahead, rows: Tensor) -> None:
     opt.step()
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def follow(rank: int, folder: str) -> None:
     data = torch.randn(7, 4, 6, generator=torch.Generator().manual_seed(1))
     mine = [rows[2 * rank : 2 * rank + 2] for rows in data]
     alone = net()
@@ -65,6 +64,15 @@ def work(rank: int, folder: str) -> None:
         step(parallel, opt, mine[i])
         step(sharded, again, mine[i])
         agree(parallel, sharded)
+
+
+def work(rank: int, folder: str) -> None:
+    """What is parallel must be gone before the process group is, or its end may wait for ever."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    follow(rank, folder)
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -401,7 +401,8 @@ def test_hooks_that_do_not_run_are_told() -> None:
     net.table.weight.grad = torch.autograd.grad(net(torch.tensor([1, 4])), net.table.weight)[0]
     with pytest.warns(UserWarning, match="none of its rows was looked up"):
         opt.step()
-    for none in ([], (m for m in ())):
+    nothing: list[nn.Module] = []
+    for none in (nothing, iter(nothing)):
         with pytest.raises(ValueError, match="modules must name an embedding at least"):
             Lazy(opt.optimizer, none)
     frozen = nn.Embedding.from_pretrained(torch.ones(3, 2))
