@@ -96,7 +96,7 @@ def test_constraints() -> None:
     constraints = tag_constraints(["B-X", "I-X", "O", "B-Y"], "BIO")
     memm = made(constraints=constraints)
     assert set(memm.state_dict()) == {"transitions"}
-    f, tags, mask = batch()
+    f, _, mask = batch()
     for path in memm.decode(f, mask):
         for before, after in zip([2, *path], path, strict=False):
             assert after != 1 or before in (0, 1)
