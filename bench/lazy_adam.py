@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _runner import Call, Mode, Provider, Room, Tensors, Unavailable, Work, Workload, ours, serving
+from _runner import Call, Mode, Provider, Room, Tensors, Work, Workload, ours, serving
 from torch import Tensor
 
 from pyseq import ops
@@ -136,8 +136,7 @@ def dense_foreach(x: Tensors) -> Call:
 
 
 def lazy_dense(x: Tensors) -> Call:
-    if serving(ops.lazy_adam_update_, [x["tables"][0]]) != "cpp":
-        raise Unavailable("no backend takes part in steps of dense parameters")
+    """By torch's kernel; no backend takes part."""
     return steps(x, lambda params: LazyAdam(params, LR, BETAS, EPS), sparse=False)
 
 
@@ -166,7 +165,6 @@ def fbgemm(x: Tensors) -> Call:
     return call
 
 
-LAZY = {"step": lazy, "dense": lazy_dense}
 ADAGRAD = Mode("Adagrad", adagrad, adagrad, work, viewed)
 
 ROOM = Room(
@@ -176,7 +174,9 @@ ROOM = Room(
     providers=(
         Provider("torch.optim", "torch", {"step": sparse_adam, "dense": dense_foreach}),
         Provider("Adam(fused)", "torch", {"step": dense_adam}),
-        *ours(LAZY),
+        *ours({"step": lazy}, "reference", "numba"),
+        *ours({"step": lazy, "dense": lazy_dense}, "cpp"),
+        *ours({"step": lazy}, "triton"),
         *ours({"step": lazy_decay}, "cpp", variant=" (decay)"),
         Provider("FBGEMM row-wise Adagrad", "fbgemm-gpu-cpu", {"step": fbgemm}, yardstick=ADAGRAD),
     ),

@@ -602,11 +602,13 @@ def test_python_threads(backend: str) -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            for _ in range(5):
+            for _ in range(50):  # on a busy machine few of them give way
                 kernel = pool.submit(long, ops.crf_log_partition, backend)
                 while not kernel.done():
                     time.sleep(0.001)
                     ticks += 1
+                if ticks > 10:
+                    break
         finally:
             torch.set_num_threads(before)
     assert ticks > 10

@@ -153,7 +153,9 @@ def test_binaries() -> None:
     rows = [dict(word.split("=") for word in line.split()[1:]) for line in out.splitlines()]
     kernels = ("chain_edges", "crf_fwd", "crf_bwd", "crf_counts", "viterbi_fwd")
     assert [(row["kernel"], row["K"], row["dtype"]) for row in rows] == [
-        (f"{kernel}_kernel", *case) for case in (("9", "bfloat16"), ("128", "float32")) for kernel in kernels
+        *((f"{kernel}_kernel", *case) for case in (("9", "bfloat16"), ("128", "float32")) for kernel in kernels),
+        ("local_steps_kernel", "9", "bfloat16"),
+        ("local_steps_kernel", "5000", "float32"),
     ]
 
 
