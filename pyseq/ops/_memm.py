@@ -17,6 +17,7 @@ from pyseq.reference import memm as reference
 from pyseq.reference.chain import _logsumexp
 from pyseq.reference.memm import forbidden
 
+SMALL = 1e-250  # a sum whose largest term was scaled to less may have lost digits
 MOST = 1 << 22  # logits of low rank, and sums of pairs of tags, at a time
 
 
@@ -279,8 +280,14 @@ def _ends(live: Tensor) -> tuple[Tensor, Tensor]:
 def _normalisers(f: Tensor, g: Tensor, h: float, wanted: Tensor) -> Tensor:
     """(B, T, C): log sum over tags j of exp h(f[j] + g[i, j]) for each context i of C, where wanted, else 0; +inf in
     place of -inf, of a context that nothing may follow."""
-    rows = f[wanted].split(max(MOST // max(g.numel(), 1), 1))
-    found = torch.cat([_logsumexp(h * (some.unsqueeze(1) + g), 2) for some in rows])
+    rows = f[wanted]
+    top, most = rows.amax(1, keepdim=True), g.amax(1)
+    total = (h * (rows - top)).exp() @ (h * (g - most.unsqueeze(1))).exp().mT  # a product where nothing underflows
+    if rows.is_cpu and not traced() and not f.requires_grad and not g.requires_grad and bool((total > SMALL).all()):
+        found = total.log() + h * (top + most)
+    else:
+        parts = rows.split(max(MOST // max(g.numel(), 1), 1))
+        found = torch.cat([_logsumexp(h * (some.unsqueeze(1) + g), 2) for some in parts])
     found = torch.where(found == -torch.inf, torch.inf, found)
     return f.new_zeros(*f.shape[:2], len(g)).index_put((wanted,), found)
 
