@@ -12,6 +12,7 @@ from pyseq import ops
 from pyseq.nn.constraints import Constraints, checked
 
 Reduction = Literal["none", "sum", "mean", "token_mean"]
+Ignored = Literal["absent", "unknown"]
 # emissions (B, T, K), transitions, start, end, mask (B, T)
 Chain = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -123,6 +124,20 @@ def check_compute(compute: str, with_tags: tuple[str, ...], tags: Tensor | None,
             raise TypeError(f"compute={compute!r} takes no tags; give None for them, then the mask")
     if n_best is not None and compute not in ("viterbi", "decode"):
         raise TypeError(f"compute={compute!r} takes no n_best; 'viterbi' and 'decode' do")
+
+
+def check_ignored(ignore_index: int, ignored: Ignored | None) -> None:
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be a number that a tag can be, of 64 bits, got {ignore_index}")
+    if ignored not in (None, "absent", "unknown"):
+        raise ValueError(f"ignored must be None, 'absent' or 'unknown', got {ignored!r}")
+
+
+def agreeing(tags: Tensor, known: Tensor, num_tags: int) -> Tensor:
+    """(B, T, K): every tag where the label is not known."""
+    return (torch.arange(num_tags, device=tags.device) == tags.unsqueeze(2)) | ~known.unsqueeze(2)
 
 
 def check_reduction(reduction: str) -> None:

@@ -8,13 +8,22 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from pyseq import ops
-from pyseq.nn._chain import Chain, EmissionsLayer, check_compute, check_reduction, forbid, steps
+from pyseq.nn._chain import (
+    Chain,
+    EmissionsLayer,
+    agreeing,
+    check_compute,
+    check_ignored,
+    check_reduction,
+    forbid,
+    steps,
+)
+from pyseq.nn._chain import Ignored as Ignored
 from pyseq.nn._chain import Reduction as Reduction
 from pyseq.nn.constraints import Constraints
 from pyseq.nn.hmm import HMM
 from pyseq.nn.memm import MEMM
 
-Ignored = Literal["absent", "unknown"]
 Compute = Literal["log_likelihood", "nll", "viterbi", "decode", "marginals"]
 _WITH_TAGS = ("log_likelihood", "nll")
 
@@ -200,12 +209,7 @@ class CRF(EmissionsLayer):
 
 def _nll(given: Chain, tags: Tensor, reduction: Reduction, ignore_index: int, ignored: Ignored | None) -> Tensor:
     check_reduction(reduction)
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must be a number that a tag can be, of 64 bits, got {ignore_index}")
-    if ignored not in (None, "absent", "unknown"):
-        raise ValueError(f"ignored must be None, 'absent' or 'unknown', got {ignored!r}")
+    check_ignored(ignore_index, ignored)
     emissions, transitions, start, end, mask = given
     summed = "sum" if reduction == "token_mean" else reduction
     if ignored is not None:
@@ -214,7 +218,7 @@ def _nll(given: Chain, tags: Tensor, reduction: Reduction, ignore_index: int, ig
     if ignored == "unknown":
         with torch.no_grad():
             ops.crf_score(emissions, transitions, tags, start, end, labelled)  # raises on a tag out of range
-        allowed = (torch.arange(emissions.size(2), device=tags.device) == tags.unsqueeze(2)) | ~known.unsqueeze(2)
+        allowed = agreeing(tags, known, emissions.size(2))
         nll = ops.crf_nll(emissions, transitions, None, start, end, mask, allowed=allowed, reduction=summed)
     else:
         mask = mask if ignored is None else labelled

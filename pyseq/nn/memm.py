@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from pyseq import ops
 from pyseq.nn._chain import (
     EmissionsLayer,
+    Ignored,
     Reduction,
+    agreeing,
     check_compute,
+    check_ignored,
     check_reduction,
     forbid,
     live_paths,
@@ -19,7 +22,6 @@ from pyseq.nn._chain import (
 from pyseq.nn.constraints import Constraints
 from pyseq.ops.memm import Direction, Variant, _words
 
-Ignored = Literal["absent", "unknown"]
 Compute = Literal["log_likelihood", "nll", "viterbi", "decode", "marginals"]
 _WITH_TAGS = ("log_likelihood", "nll")
 
@@ -98,11 +100,18 @@ class MEMM(EmissionsLayer):
         if tags is not None:
             tags = self._batched(tags)
             check_reduction(reduction)
-            allowed = self._agreeing(tags, live, ignore_index, ignored)
-            if ignored == "absent":
-                live = tags != ignore_index if live is None else (tags != ignore_index) & live
-            given = self._bounded(given, live)
-            loss = ops.memm_nll(given, scores, tags if allowed is None else None, live, allowed=allowed, **words)  # type: ignore[arg-type]
+            check_ignored(ignore_index, ignored)
+            known = tags != ignore_index
+            labelled = known if live is None else known & live
+            if ignored == "unknown":
+                with torch.no_grad():
+                    ops.memm_nll(given, scores, tags, labelled)  # raises on a tag out of range
+                given = self._bounded(given, live)
+                allowed = agreeing(tags, known, self.num_tags)
+                loss = ops.memm_nll(given, scores, None, live, allowed=allowed, **words)  # type: ignore[arg-type]
+            else:
+                live = labelled if ignored == "absent" else live
+                loss = ops.memm_nll(self._bounded(given, live), scores, tags, live, **words)  # type: ignore[arg-type]
             loss = loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
             loss = loss / steps(live, tags) if reduction == "token_mean" else loss
             return loss if compute == "nll" else -loss
@@ -180,18 +189,3 @@ class MEMM(EmissionsLayer):
                 away = (live & at).unsqueeze(2) & ~allowed.to(emissions.device)
                 emissions = emissions.masked_fill(away, -torch.inf)
         return emissions
-
-    def _agreeing(self, tags: Tensor, live: Tensor | None, ignore_index: int, ignored: Ignored | None) -> Tensor | None:
-        """(B, T, K): what agrees with the labels, where some may be unknown."""
-        if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-            raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-        if ignored not in (None, "absent", "unknown"):
-            raise ValueError(f"ignored must be None, 'absent' or 'unknown', got {ignored!r}")
-        if ignored != "unknown":
-            return None
-        known = tags != ignore_index
-        where = known if live is None else known & live
-        with torch.no_grad():  # raises on a tag out of range
-            ops.crf_score(torch.zeros((), device=tags.device).expand(*tags.shape, self.num_tags), torch.zeros(
-                self.num_tags, self.num_tags, device=tags.device), tags, mask=where)  # fmt: skip
-        return (torch.arange(self.num_tags, device=tags.device) == tags.unsqueeze(2)) | ~known.unsqueeze(2)
