@@ -14,8 +14,10 @@ from pyseq.data.people_daily import word_spans as word_spans
 from pyseq.data.reviews import Reviews as Reviews
 from pyseq.data.reviews import cut_words as cut_words
 from pyseq.data.reviews import reviews as reviews
+from pyseq.data.tiles import Tiles as Tiles
+from pyseq.data.tiles import tiles as tiles
 
 __all__ = [
-    "ENTITY_TYPES", "LABELS", "Digits", "PeopleDaily", "Reviews", "Sentence", "SpanScore", "cut_words", "digits",
-    "entity_spans", "people_daily", "reviews", "split_text", "word_spans",
+    "ENTITY_TYPES", "LABELS", "Digits", "PeopleDaily", "Reviews", "Sentence", "SpanScore", "Tiles", "cut_words",
+    "digits", "entity_spans", "people_daily", "reviews", "split_text", "tiles", "word_spans",
 ]  # fmt: skip
