@@ -19,14 +19,18 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def documented() -> Iterator[tuple[str, Any]]:
-    """Public functions, classes, and what a module's own methods compute."""
+    """Public functions, classes, and what the methods of modules compute."""
     yield "Signature", _check.Signature
-    for folder in ("ops", "nn", "optim"):
+    for folder in ("ops", "nn", "optim", "models"):
         module = importlib.import_module(f"pyseq.{folder}")
         for name in module.__all__:
             thing = getattr(module, name)
             if isinstance(thing, type) and issubclass(thing, torch.nn.Module):
-                own = {k: f for k, f in vars(thing).items() if inspect.isfunction(f) and not k.startswith("_")}
+                if ">>>" in (thing.__doc__ or ""):
+                    yield name, thing
+                kinds = [kind for kind in reversed(thing.__mro__) if kind.__module__.startswith("pyseq.")]
+                both = {k: f for kind in kinds for k, f in vars(kind).items()}
+                own = {k: f for k, f in both.items() if inspect.isfunction(f) and not k.startswith("_")}
                 yield from ((f"{name}.{k}", f) for k, f in own.items() if k not in ("extra_repr", "reset_parameters"))
             elif folder == "optim" or (inspect.isfunction(thing) and name != "explain"):  # which the README shows
                 yield name, thing

@@ -1,5 +1,7 @@
 """Models built on pyseq's layers."""
 
 from pyseq.models.tagger import SequenceTagger as SequenceTagger
+from pyseq.models.vqvae import VQVAE as VQVAE
+from pyseq.models.vqvae import VQVAEOutput as VQVAEOutput
 
-__all__ = ["SequenceTagger"]
+__all__ = ["VQVAE", "SequenceTagger", "VQVAEOutput"]

@@ -23,6 +23,11 @@ class SequenceTagger(nn.Module):
     and a mask (B, T) bool, True at live steps, which come first in each row (padding is on the right); None means all
     live. What stands at padding is not used. Raises ValueError for a head of another name, for a mask of another shape
     or dtype and, on the CPU outside compile, for a mask with padding elsewhere.
+
+    >>> tagger, chars = SequenceTagger(num_chars=100, num_tags=5), torch.randint(100, (2, 7))
+    >>> mask = torch.arange(7) < torch.tensor([[7], [4]])
+    >>> tagger(chars, mask).shape
+    torch.Size([2, 7, 5])
     """
 
     def __init__(
@@ -54,6 +59,10 @@ class SequenceTagger(nn.Module):
 
         That is for wrappers, which call forward alone: `ddp(chars, mask, tags, compute="loss")`. Raises ValueError for
         another word.
+
+        >>> tagger, chars = SequenceTagger(num_chars=100, num_tags=5), torch.zeros(2, 7, dtype=torch.int64)
+        >>> tagger(chars, tags=chars, compute="loss").shape
+        torch.Size([])
         """
         if compute not in ("emissions", "loss", "decode"):
             raise ValueError(f"compute must be 'emissions', 'loss' or 'decode', got {compute!r}")
@@ -72,12 +81,19 @@ class SequenceTagger(nn.Module):
         """Negative log-likelihood of the tags, in nats a live step; a scalar.
 
         tags: (B, T) int64, in [0, K) at live steps, anything at padding.
+
+        >>> chars = torch.zeros(2, 7, dtype=torch.int64)
+        >>> SequenceTagger(num_chars=100, num_tags=5).loss(chars, tags=chars).backward()
         """
         return self(chars, mask, tags, compute="loss")  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def decode(self, chars: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The best tags, (B, T) int64, -1 at padding: the best path under a CRF, each step's best tag under softmax."""
+        """The best tags, (B, T) int64, -1 at padding: the best path under a CRF, each step's best tag under softmax.
+
+        >>> SequenceTagger(num_chars=100, num_tags=5).decode(torch.zeros(2, 7, dtype=torch.int64)).shape
+        torch.Size([2, 7])
+        """
         return self(chars, mask, compute="decode")  # type: ignore[no-any-return]
 
     def _loss(self, emissions: Tensor, tags: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -97,7 +113,12 @@ class SequenceTagger(nn.Module):
         return tags if mask is None else tags.masked_fill(~mask, -1)
 
     def parameter_groups(self, lr: float, multiplier: float = 10.0) -> list[dict[str, Any]]:
-        """Groups for an optimizer: the CRF's parameters learn at `lr * multiplier`, all others at `lr`."""
+        """Groups for an optimizer: the CRF's parameters learn at `lr * multiplier`, all others at `lr`.
+
+        >>> groups = SequenceTagger(num_chars=100, num_tags=5).parameter_groups(0.001)
+        >>> [group["lr"] for group in groups]
+        [0.001, 0.01]
+        """
         if self.crf is None:
             return [{"params": list(self.parameters()), "lr": lr}]
         return crf_parameter_groups(self, lr, multiplier)
