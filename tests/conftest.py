@@ -80,6 +80,15 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For what is so small that a second thread waits more than it works."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def poison() -> Iterator[None]:
     """Uninitialised memory holds NaN, or the largest integer: fill_uninitialized_memory is on by default."""
     torch.use_deterministic_algorithms(True)

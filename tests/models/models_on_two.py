@@ -1,6 +1,6 @@
 """Autoencoders and priors by DDP on two gloo processes, against the same training in one with the joined batch.
 
-Run by test_models_on_two.py, once a rank: `python models_on_two.py STORE RANK`; STORE is a file that does not exist yet.
+Run by test_models_on_two.py, once a rank: `python models_on_two.py STORE RANK`; STORE is a file that is not there yet.
 """
 
 import os

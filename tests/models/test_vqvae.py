@@ -14,6 +14,7 @@ from torch.testing import assert_close as close
 from pyseq.models import VQVAE
 from pyseq.models._convolutions import Residual
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"batch_norm": False, "blocks": 2},
