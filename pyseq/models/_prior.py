@@ -74,8 +74,8 @@ class Prior(Configured):
         generator: of the model's device; None: torch's own. A seed gives the same codes again on one machine.
         cached: remember what earlier positions computed, so that each step computes one; False: each step computes the
         whole grid. Their logits differ by rounding.
-        To be called on the module itself, as `ddp.module.sample(...)`. A bar shows on a terminal after two seconds,
-        where tqdm is installed.
+        To be called on the module itself, as `ddp.module.sample(...)`, or under FSDP2 after
+        `register_fsdp_forward_method`. A bar shows on a terminal after two seconds, where tqdm is installed.
         Raises ValueError for numbers out of range and labels that do not fit.
 
         >>> from pyseq.models import PixelAttention

@@ -46,7 +46,7 @@ class VQVAE(Configured):
     estimator, loss_reduction, accumulation_steps.
 
     Defaults are the post's network and loss, but for K (the post has 64) and the revival of dead codes.
-    `VQVAE(width=256, blocks=2, batch_norm=False)` is the paper's for CIFAR-10, with one code where it has ten.
+    `VQVAE(width=256, blocks=2, batch_norm=False)` is the paper's for CIFAR-10, but with one code a position for ten.
 
     Images are floats (B, channels, H, W) in [-1, 1], of the model's dtype or under autocast, H and W multiples of
     `stride`, which is downsampling * levels. Codes are int64 (B, H / downsampling, W / downsampling), with heads behind

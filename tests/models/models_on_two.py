@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,11 +66,24 @@ def work(store: str, rank: int) -> None:
         same(net, name)
     train(DistributedDataParallel(normed), normed, rows)
     same(normed, "batch norm", without="running")  # each rank's own, until DDP's next forward copies rank 0's
-    prior: Any = made["attention"]
-    if rank == 0:  # alone
-        wrapped = DistributedDataParallel(prior, init_sync=False)
-        assert wrapped.module.sample(2, 1).shape == (2, 3, 4)
+    for name, methods in {
+        "two levels": ("encode", "decode"),
+        "attention": ("sample",),
+        "convolutions": ("sample",),
+    }.items():
+        net, mesh = made[name], init_device_mesh("cpu", (2,))
+        wanted = inferred(net)
+        fully_shard(net, mesh=mesh)
+        for method in methods:
+            register_fsdp_forward_method(net, method)
+        assert torch.equal(inferred(net), wanted)
     dist.destroy_process_group()
+
+
+def inferred(net: Any) -> Tensor:
+    if isinstance(net, VQVAE):
+        return net.decode(net.encode(torch.linspace(-1, 1, 384).view(1, 3, 8, 16)))
+    return net.sample(2, 1, generator=torch.Generator().manual_seed(0))  # type: ignore[no-any-return]
 
 
 def same(net: nn.Module, name: str, without: str = "nothing") -> None:

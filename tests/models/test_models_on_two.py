@@ -1,4 +1,4 @@
-"""DDP over two gloo processes."""
+"""Models on two gloo processes."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    """DDP over two gloo processes, of autoencoders and priors, is one process with the joined batch."""
+    """DDP over two gloo processes, of autoencoders and priors, is one process with the joined batch; FSDP2 infers."""
     script = Path(__file__).with_name("models_on_two.py")
     command = [sys.executable, "-W", "error", str(script), str(tmp_path / "store")]
     ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
