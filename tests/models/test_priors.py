@@ -219,6 +219,7 @@ def test_ties_and_forbidden_codes() -> None:
     assert _sampling.draw(logits, 1.0, 2, 1.0, seeded()).unique().tolist() == [1, 2]
     for rules in ((1.0, 0, 1.0), (0.1, 4, 1.0), (1.0, 0, 0.999)):
         assert not (_sampling.draw(logits, *rules, seeded()) == 3).any()
+    assert set(_sampling.draw(logits, 1e-300, 0, 1.0, seeded()).tolist()) == {1, 2, 4}  # 0 in float32
     half = _sampling.draw(logits.bfloat16(), 1.0, 0, 1.0, seeded())
     assert torch.equal(half, _sampling.draw(logits, 1.0, 0, 1.0, seeded()))
 
