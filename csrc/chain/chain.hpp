@@ -9,7 +9,7 @@
 namespace pyseq::chain {
 
 enum Kind { kPartition = 0, kNll = 1, kScore = 2 };
-enum { kBadTag = 1, kBadLength = 2 };  // beside kOk
+enum { kBadTag = 1, kBadLength = 2, kForbidden = 3 };  // beside kOk
 enum Reduction { kNone = 0, kSum = 1, kMean = 2 };
 
 // The live steps of one sequence.

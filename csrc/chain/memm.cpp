@@ -78,6 +78,7 @@ template <class T> int local_steps(const LocalArgs<T>& a) {
   }
   if (tasks.back() != int64_t(chunks.size())) tasks.push_back(int64_t(chunks.size()));
   std::vector<double> waiting(a.grad_bias ? parts * tags : 0);
+  std::vector<char> forbidden(tasks.size());
   for_each(int64_t(tasks.size()) - 1, a.threads, [&](int64_t task) {
     std::vector<T> scratch(2 * (tags + 16));
     std::vector<double> sums(a.grad_bias ? tags : 0);
@@ -85,7 +86,8 @@ template <class T> int local_steps(const LocalArgs<T>& a) {
       const Chunk& chunk = chunks[c];
       const bool wanted = a.grad_bias && chunk.context < a.contexts;
       std::fill(sums.begin(), sums.end(), 0.0);
-      rows(a, s.order.data() + chunk.begin, chunk.end - chunk.begin, scratch.data(), wanted ? sums.data() : nullptr);
+      const int64_t* order = s.order.data() + chunk.begin;
+      if (rows(a, order, chunk.end - chunk.begin, scratch.data(), wanted ? sums.data() : nullptr)) forbidden[task] = 1;
       if (!wanted) continue;
       if (chunk.part < 0)
         std::copy(sums.begin(), sums.end(), a.grad_bias + chunk.context * tags);
@@ -101,7 +103,7 @@ template <class T> int local_steps(const LocalArgs<T>& a) {
       for (int64_t d = 0; d < tags; ++d) sum[d] += waiting[chunks[c].part * tags + d];
     std::copy_n(sum, tags, a.grad_bias + first.context * tags);
   }
-  return kOk;
+  return std::count(forbidden.begin(), forbidden.end(), 1) ? kForbidden : kOk;
 }
 
 template int local_steps(const LocalArgs<float>&);

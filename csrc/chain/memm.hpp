@@ -35,9 +35,10 @@ struct PathArgs {
 int neighbours(const PathArgs& args);
 template <class T> int local_steps(const LocalArgs<T>& args);
 
-// Of some steps of one context; scratch (twice tags, and a vector more); sums (tags) are added to, or null.
+// Of some steps of one context; scratch (twice tags, and two vectors more); sums (tags) are added to, or null. Answers
+// whether a label is forbidden.
 template <class T>
-using LocalRows = void (*)(const LocalArgs<T>&, const int64_t* order, int64_t count, T* scratch, double* sums);
+using LocalRows = bool (*)(const LocalArgs<T>&, const int64_t* order, int64_t count, T* scratch, double* sums);
 extern const LocalRows<float> local_float_v2, local_float_v3, local_float_v4;
 extern const LocalRows<double> local_double_v2, local_double_v3, local_double_v4;
 

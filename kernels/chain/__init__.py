@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 PARTITION, NLL, SCORE = 0, 1, 2  # kinds of value
-BAD_TAG, BAD_LENGTH = 1, 2  # statuses
+BAD_TAG, BAD_LENGTH, FORBIDDEN = 1, 2, 3  # statuses
 
 
 class Chain(NamedTuple):
@@ -64,7 +64,8 @@ class LocalSteps(NamedTuple):
     """Steps of a maximum-entropy Markov model, each a softmax over scores + bias of its context. The launcher
     `local_steps(steps, factor, smoothing, accumulate, loss, grad, grad_bias)` fills loss (N,) float64, grad (N, K),
     which it adds to where it is to accumulate, and grad_bias (M, K), which may be `bias` where each context has one
-    step; both None: no gradients. The loss is +inf, without gradient, where the label's logit is -inf."""
+    step; both None: no gradients. The loss is +inf, without gradient, where the label's logit is -inf; on the CPU the
+    status is then FORBIDDEN."""
 
     scores: Tensor  # (N, K)
     bias: Tensor  # (M, K)

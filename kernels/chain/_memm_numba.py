@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyseq.kernels import OK, UNFIT
 from pyseq.kernels._numba import EXACT, JIT, exp, sorted_by_key
-from pyseq.kernels.chain import BAD_LENGTH, BAD_TAG, LabelledPath, LocalSteps
+from pyseq.kernels.chain import BAD_LENGTH, BAD_TAG, FORBIDDEN, LabelledPath, LocalSteps
 
 
 @njit(**JIT)
@@ -69,7 +69,7 @@ def _steps(scores, bias, context, label, scale, weight, factor, smoothing, accum
             if wanted and not accumulate:
                 grad[i] = 0.0
     order, begin = sorted_by_key(keys, contexts + 1)
-    logits, grads, sums = np.empty(tags), np.empty(tags), np.empty(tags)
+    logits, grads, sums, status = np.empty(tags), np.empty(tags), np.empty(tags), OK
     for c in range(contexts + 1):
         sums[:] = 0.0
         for at in range(begin[c], begin[c + 1]):
@@ -83,6 +83,8 @@ def _steps(scores, bias, context, label, scale, weight, factor, smoothing, accum
             loss[i] = _row(
                 scores[i], b, c < contexts, factor, label[i], np.float64(scale[i]), weight, smoothing, logits, grads
             )
+            if loss[i] == np.inf:
+                status = FORBIDDEN
             if wanted:
                 for j in range(tags):
                     grad[i, j] = grad[i, j] + grads[j] if accumulate else grads[j]
@@ -90,6 +92,7 @@ def _steps(scores, bias, context, label, scale, weight, factor, smoothing, accum
         if wanted and c < contexts:
             for j in range(tags):
                 grad_bias[c, j] = sums[j]
+    return status
 
 
 @njit(**EXACT)
@@ -139,5 +142,5 @@ def local_steps(
     if not all(x.is_contiguous() for x in (*steps, *outputs) if x is not None):
         return UNFIT
     given = [x.detach().numpy() for x in steps if x is not None]
-    _steps(*given, factor, smoothing, accumulate, *(x.numpy() for x in outputs))
-    return OK
+    status: int = _steps(*given, factor, smoothing, accumulate, *(x.numpy() for x in outputs))
+    return status

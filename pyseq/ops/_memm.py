@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyseq.kernels import OK
-from pyseq.kernels.chain import Chain, LabelledPath, LocalSteps
+from pyseq.kernels.chain import FORBIDDEN, Chain, LabelledPath, LocalSteps
 from pyseq.ops import _chain_reference
 from pyseq.ops._autograd import refuse_upstream, shared_weight
 from pyseq.ops._backend import Backends, settings
@@ -99,32 +99,34 @@ def _sweep(memm: Memm, options: Options, grads: tuple[Tensor, ...] | None) -> Te
     status = _nll.launch("neighbours", path, options.backend, num_tags, label, before, after)
     if settings.check or (check and status != OK):
         _chain_reference.raise_bad_values(as_chain(memm))
-    scale = value.new_full((), 0.5 if options.forward and options.backward else 1.0).expand(batch, time)
+    scale = value.new_full((batch, time), 0.5 if options.forward and options.backward else 1.0)
     scale = scale if memm.token_weight is None else torch.where(label < 0, 0.0, scale * memm.token_weight)
     scale = scale if memm.weights is None else scale * memm.weights.unsqueeze(1)
     if options.backend == "triton":  # nobody asks the device, so whom a forbidden step takes out is told before
         dead = forbidden(memm.emissions, memm.transitions, memm.right, label.clamp(min=0), label >= 0)
-        loss = _both(memm, options, label, before, after, torch.where(dead.unsqueeze(1), 0.0, scale), grads)
-    else:
-        loss = _both(memm, options, label, before, after, scale, grads)
-        dead = (loss == torch.inf).any(1)
-        if dead.any():
-            loss = _both(memm, options, label, before, after, torch.where(dead.unsqueeze(1), 0.0, scale), grads)
-    value.copy_(torch.where(dead, torch.inf, loss.sum(1)))
-    return value if check else value * _chain_reference._one_or_nan(as_chain(memm))
+        loss = _both(memm, options, label, before, after, torch.where(dead.unsqueeze(1), 0.0, scale), grads)[0]
+        value.copy_(torch.where(dead, torch.inf, loss.sum((0, 2))))
+        return value if check else value * _chain_reference._one_or_nan(as_chain(memm))
+    loss, found = _both(memm, options, label, before, after, scale, grads)
+    value.copy_(loss.sum((0, 2)))
+    if found == FORBIDDEN:
+        dead = (loss == torch.inf).any(2).any(0)
+        loss = _both(memm, options, label, before, after, torch.where(dead.unsqueeze(1), 0.0, scale), grads)[0]
+        value.copy_(torch.where(dead, torch.inf, loss.sum((0, 2))))
+    return value if status == OK else value * _chain_reference._one_or_nan(as_chain(memm))
 
 
 def _both(
     memm: Memm, options: Options, label: Tensor, before: Tensor, after: Tensor, scale: Tensor, grads: Any
-) -> Tensor:
-    """(B, T) float64, of both directions that are wanted."""
+) -> tuple[Tensor, int]:
+    """Losses (directions, B, T) float64, of one or both; and OK, or FORBIDDEN where a label is."""
     num_tags, right, transitions = memm.emissions.size(2), memm.right, memm.transitions
     scores = memm.emissions.reshape(-1, num_tags)
     if not (scores.is_cuda and options.backend == "triton"):
         scores = scores.to(transitions.dtype)
     loss = torch.empty(2, label.numel(), dtype=torch.float64, device=label.device)
     grad = None if grads is None else grads[0].view(-1, num_tags)
-    scale, label = scale.reshape(-1).contiguous(), label.view(-1)
+    scale, label, status = scale.view(-1), label.view(-1), OK
     sides = [(before, False)] * options.forward + [(after, True)] * options.backward
     for i, (context, turned) in enumerate(sides):
         bias = transitions.mT.contiguous() if turned and right is None else transitions
@@ -132,7 +134,7 @@ def _both(
         how = options.backend, 0.5 if options.halved else 1.0, options.smoothing, i > 0
         if right is None:
             of_bias = None if grads is None else torch.empty_like(bias) if i or turned else grads[1]
-            _launch(steps, *how, loss[i], grad, of_bias)
+            status = max(status, _launch(steps, *how, loss[i], grad, of_bias))
             if grads is not None and of_bias is not None and of_bias is not grads[1]:
                 of_bias = of_bias.mT if turned else of_bias
                 grads[1].add_(of_bias) if i else grads[1].copy_(of_bias)
@@ -140,12 +142,12 @@ def _both(
             factors, of = (transitions, right), None if grads is None else grads[1:]
             if turned:
                 factors, of = (right, transitions), None if of is None else of[::-1]
-            _low_rank(steps, factors, of, grad, loss[i], how)
-    return loss[: len(sides)].sum(0).view(before.shape)
+            status = max(status, _low_rank(steps, factors, of, grad, loss[i], how))
+    return loss[: len(sides)].view(-1, *before.shape), status
 
 
-def _launch(steps: LocalSteps, backend: str, *rest: object) -> None:
-    _nll.launch("local_steps", steps, backend, *rest)
+def _launch(steps: LocalSteps, backend: str, *rest: object) -> int:
+    return _nll.launch("local_steps", steps, backend, *rest)
 
 
 def _low_rank(
@@ -155,12 +157,12 @@ def _low_rank(
     grad: Tensor | None,
     loss: Tensor,
     how: tuple[str, float, float, bool],
-) -> None:
+) -> int:
     """Some steps at a time, each with a bias of its own: row of the first factor times the second one."""
     first, second = factors
     count, num_tags = steps.scores.shape
     size = max(MOST // num_tags, 1)
-    each = torch.arange(min(size, count), device=first.device)
+    each, status = torch.arange(min(size, count), device=first.device), OK
     for at in range(0, count, size):
         some = slice(at, at + size)
         context = steps.context[some]
@@ -171,11 +173,13 @@ def _low_rank(
             steps.scores[some], bias, torch.where(joined, each[: len(context)], -1), steps.label[some],
             steps.scale[some], steps.weight,
         )  # fmt: skip
-        _launch(part, *how, loss[some], None if grad is None else grad[some], None if grads is None else bias)
+        of_bias = None if grads is None else bias
+        status = max(status, _launch(part, *how, loss[some], None if grad is None else grad[some], of_bias))
         if grads is not None:
             of_rows = torch.where(joined.unsqueeze(1), bias @ second, 0.0)
             grads[0].index_put_((context.clamp(min=0),), of_rows, accumulate=True)
             grads[1].addmm_(bias.mT, rows)
+    return status
 
 
 def _fake(memm: Memm, options: Options) -> Tensor:
