@@ -166,6 +166,30 @@ int bound_local_steps(
   return x.type == kDouble ? typed(double{}) : typed(float{});
 }
 
+int bound_adjust(
+    handle emissions, handle transitions, handle mask, bool forward, bool backward, double factor, handle out, int threads,
+    int level) {
+  const auto typed = [&](auto type) -> int {
+    using T = decltype(type);
+    AdjustArgs<T> a{};
+    Reader read;
+    Tensor x{};
+    a.emissions = read.rows<T>(emissions, 3, x), a.batch = x.size[0], a.time = x.size[1], a.tags = x.size[2];
+    if (!read.fits || !x.is_contiguous()) return kUnfit;
+    const double* g = read.array<double>(transitions, {a.tags, a.tags});
+    a.mask = read.optional<uint8_t>(mask, {a.batch, a.time});
+    a.out = read.array<double>(out, {a.batch, a.time, a.tags});
+    if (!read.fits) return kUnfit;
+    a.factor = factor, a.threads = threads, a.level = level;
+    const py::gil_scoped_release release;
+    adjust(a, g, forward, backward);
+    return kOk;
+  };
+  Tensor x;
+  if (!view(emissions.ptr(), x)) return kUnfit;
+  return x.type == kDouble ? typed(double{}) : typed(float{});
+}
+
 }  // namespace
 }  // namespace pyseq::chain
 
@@ -176,4 +200,5 @@ PYSEQ_ROOM(chain, m) {
   m.def("sample", &pyseq::chain::sample);
   m.def("neighbours", &pyseq::chain::bound_neighbours);
   m.def("local_steps", &pyseq::chain::bound_local_steps);
+  m.def("adjust", &pyseq::chain::bound_adjust);
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu.hpp"
+#include "parallel.hpp"
 #include "segments.hpp"
 #include "status.hpp"
 
@@ -20,7 +21,17 @@ LocalRows<float> rows_at(int level, float) { return level >= 4 ? local_float_v4 
 LocalRows<double> rows_at(int level, double) {
   return level >= 4 ? local_double_v4 : level == 3 ? local_double_v3 : local_double_v2;
 }
+AdjustSide side_at(int level) { return level >= 4 ? adjust_side_v4 : level == 3 ? adjust_side_v3 : adjust_side_v2; }
+AdjustRows<float> adjust_at(int level, float) {
+  return level >= 4 ? adjust_float_v4 : level == 3 ? adjust_float_v3 : adjust_float_v2;
+}
+AdjustRows<double> adjust_at(int level, double) {
+  return level >= 4 ? adjust_double_v4 : level == 3 ? adjust_double_v3 : adjust_double_v2;
+}
 #else
+AdjustSide side_at(int) { return adjust_side_v2; }
+AdjustRows<float> adjust_at(int, float) { return adjust_float_v2; }
+AdjustRows<double> adjust_at(int, double) { return adjust_double_v2; }
 LocalRows<float> rows_at(int, float) { return local_float_v2; }
 LocalRows<double> rows_at(int, double) { return local_double_v2; }
 #endif
@@ -103,9 +114,35 @@ template <class T> int local_steps(const LocalArgs<T>& a) {
       for (int64_t d = 0; d < tags; ++d) sum[d] += waiting[chunks[c].part * tags + d];
     std::copy_n(sum, tags, a.grad_bias + first.context * tags);
   }
-  return std::count(forbidden.begin(), forbidden.end(), 1) ? kForbidden : kOk;
+  return std::count(forbidden.begin(), forbidden.end(), 1) ? int(kForbidden) : int(kOk);
 }
 
+template <class T> void adjust(AdjustArgs<T>& a, const double* g, bool forward, bool backward) {
+  const int level = cpu_level(a.level);
+  a.padded = (a.tags + 15) / 16 * 16, a.sides = 0;
+  const Block tables(2 * a.padded * (a.tags + 1) * sizeof(double));
+  double* at = static_cast<double*>(tables.get());
+  for (const bool way : {true, false}) {
+    if (!(way ? forward : backward)) continue;
+    Side& side = a.side[a.sides++] = {g, way, at, at + a.padded, a.tags};
+    side_at(level)(side, a.tags, a.padded, a.factor);
+    at += a.padded * (a.tags + 1);
+  }
+  const int64_t together = std::max<int64_t>(1, 64 / std::max<int64_t>(a.time, 1));  // sequences
+  for_each((a.batch + together - 1) / together, a.time * a.batch * a.tags < 2048 ? 1 : a.threads, [&](int64_t task) {
+    const Block scratch(12 * a.padded * sizeof(double));
+    std::vector<int64_t> steps(a.time);
+    for (int64_t b = task * together; b < std::min(a.batch, (task + 1) * together); ++b) {
+      int64_t count = 0;
+      for (int64_t t = 0; t < a.time; ++t)
+        if (!a.mask || a.mask[b * a.time + t]) steps[count++] = t;
+      adjust_at(level, T{})(a, b, steps.data(), count, static_cast<double*>(scratch.get()));
+    }
+  });
+}
+
+template void adjust(AdjustArgs<float>&, const double*, bool, bool);
+template void adjust(AdjustArgs<double>&, const double*, bool, bool);
 template int local_steps(const LocalArgs<float>&);
 template int local_steps(const LocalArgs<double>&);
 

@@ -42,4 +42,36 @@ using LocalRows = bool (*)(const LocalArgs<T>&, const int64_t* order, int64_t co
 extern const LocalRows<float> local_float_v2, local_float_v3, local_float_v4;
 extern const LocalRows<double> local_double_v2, local_double_v3, local_double_v4;
 
+// One direction of a model: transitions g (tags, tags), and of each context c the largest score over tags j and the
+// exponentials (tags, padded) of the rest. Without transitions all scores are 0.
+struct Side {
+  const double* g;
+  bool forward;
+  double *most, *exponentials;
+  int64_t tags;
+  double score(int64_t j, int64_t c) const { return !g ? 0.0 : forward ? g[c * tags + j] : g[j * tags + c]; }
+};
+
+// Emissions (batch, time, tags) and a mask, or null. out: adjusted emissions, as pyseq/ops/_memm.py has them, 0 at absent
+// steps.
+template <class T> struct AdjustArgs {
+  const T* emissions;
+  const uint8_t* mask;
+  int64_t batch, time, tags, padded;
+  Side side[2];
+  int sides;
+  double factor;
+  double* out;
+  int threads, level;
+};
+
+template <class T> void adjust(AdjustArgs<T>& args, const double* g, bool forward, bool backward);
+
+using AdjustSide = void (*)(Side&, int64_t tags, int64_t padded, double factor);
+template <class T>
+using AdjustRows = void (*)(const AdjustArgs<T>&, int64_t b, const int64_t* steps, int64_t count, double* scratch);
+extern const AdjustSide adjust_side_v2, adjust_side_v3, adjust_side_v4;
+extern const AdjustRows<float> adjust_float_v2, adjust_float_v3, adjust_float_v4;
+extern const AdjustRows<double> adjust_double_v2, adjust_double_v3, adjust_double_v4;
+
 }  // namespace pyseq::chain

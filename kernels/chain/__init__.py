@@ -75,6 +75,15 @@ class LocalSteps(NamedTuple):
     weight: Tensor | None = None  # (K,) of the labels
 
 
+class Unadjusted(NamedTuple):
+    """A maximum-entropy Markov model to decode. The launcher `adjust(model, forward, backward, factor, out)` fills out
+    (B, T, K) float64, emissions of a chain whose path scores are minus the losses, as pyseq/ops/_memm.py has them."""
+
+    emissions: Tensor  # (B, T, K)
+    transitions: Tensor  # (K, K) float64
+    mask: Tensor | None
+
+
 Launcher = Callable[[Chain, int, bool, Tensor, Gradients | None, Tensor | None], int]
 
 

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from pyseq import _C
 from pyseq.kernels import _cpu
-from pyseq.kernels.chain import Chain, Gradients, LabelledPath, LocalSteps, Sampling
+from pyseq.kernels.chain import Chain, Gradients, LabelledPath, LocalSteps, Sampling, Unadjusted
 
-__all__ = ["crf", "local_steps", "n_best", "neighbours", "sample", "viterbi"]
+__all__ = ["adjust", "crf", "local_steps", "n_best", "neighbours", "sample", "viterbi"]
 
 
 def crf(
@@ -28,6 +28,11 @@ def crf(
 
 def viterbi(chain: Chain, check: bool, scores: Tensor, path: Tensor) -> int:
     status: int = _C.chain.viterbi(*chain, check, scores, path, torch.get_num_threads(), _cpu.LEVEL)
+    return status
+
+
+def adjust(model: Unadjusted, forward: bool, backward: bool, factor: float, out: Tensor) -> int:
+    status: int = _C.chain.adjust(*model, forward, backward, factor, out, torch.get_num_threads(), _cpu.LEVEL)
     return status
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyseq.kernels import OK
-from pyseq.kernels.chain import FORBIDDEN, Chain, LabelledPath, LocalSteps
+from pyseq.kernels.chain import FORBIDDEN, Chain, LabelledPath, LocalSteps, Unadjusted
 from pyseq.ops import _chain_reference
 from pyseq.ops._autograd import refuse_upstream, shared_weight
 from pyseq.ops._backend import Backends, settings
@@ -147,7 +147,8 @@ def _both(
 
 
 def _launch(steps: LocalSteps, backend: str, *rest: object) -> int:
-    return _nll.launch("local_steps", steps, backend, *rest)
+    status: int = _nll.launch("local_steps", steps, backend, *rest)
+    return status
 
 
 def _low_rank(
@@ -247,21 +248,22 @@ _nll_and_grad = Raw(
 
 
 def adjusted(
-    emissions: Tensor,
-    transitions: Tensor,
-    right: Tensor | None,
-    live: Tensor,
-    forward: bool,
-    backward: bool,
-    halved: bool,
+    memm: Memm, live: Tensor, forward: bool, backward: bool, halved: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Emissions (B, T, K) and transitions (K, K) of the chain whose path scores are minus the loss, but for what is the
     same for all paths, which its first live step has; float64. Normalisers of a step go to the neighbour that they
     depend on."""
-    f = torch.where(live.unsqueeze(2), emissions, 0.0).double()
+    emissions, transitions, right = memm[:3]
     g = transitions.double() if right is None else transitions.double() @ right.double().mT
-    first, last = _ends(live)
     h = 0.5 if halved else 1.0
+    direct, _, backend = BACKENDS.way(backend, memm)
+    if direct and backend == "cpp" and emissions.numel() and not (torch.is_grad_enabled() and needs_grad(memm)):
+        out = torch.empty(emissions.shape, dtype=torch.float64)
+        mask = None if memm.mask is None and memm.lengths is None else live
+        _nll.launch("adjust", Unadjusted(emissions, g, mask), backend, forward, backward, h, out)
+        return out, g * h
+    f = torch.where(live.unsqueeze(2), emissions, 0.0).double()
+    first, last = _ends(live)
     share = 0.5 if forward and backward else 1.0
     out = torch.zeros_like(f)
     for wanted, end, scores in ((forward, first, g), (backward, last, g.mT)):

@@ -84,9 +84,8 @@ def memm_nll(
             raise ValueError("weight, token_weight and label_smoothing are for tags, not for allowed")
         memm = _checked(Memm(emissions, left, right, _no_tags(emissions), mask, lengths))
         sides = [(True, False)] * forward + [(False, True)] * backward
-        losses = [
-            -crf_log_partition(*_adjusted(memm, *side, halved), allowed=allowed, backend=backend) for side in sides
-        ]
+        chains = [_adjusted(memm, *side, halved, backend=backend) for side in sides]
+        losses = [-crf_log_partition(*chain, allowed=allowed, backend=backend) for chain in chains]
         return (sum(losses[1:], losses[0]) / len(losses)).to(memm.transitions.dtype)
     memm = _checked(Memm(emissions, left, right, tags, mask, lengths, weight, token_weight))
     if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing <= 1:
@@ -127,7 +126,8 @@ def memm_viterbi(
     memm = _checked(Memm(emissions, left, right, _no_tags(emissions), mask, lengths))
     words = _words(direction, variant)
     with torch.no_grad():
-        scores, path = viterbi(*_adjusted(memm, *words), allowed=allowed, n_best=n_best, backend=backend)
+        chain = _adjusted(memm, *words, backend=backend)
+        scores, path = viterbi(*chain, allowed=allowed, n_best=n_best, backend=backend)
         return scores.to(memm.transitions.dtype), path
 
 
@@ -158,15 +158,16 @@ def memm_marginals(
         )
     left, right = _pair(transitions)
     memm = _checked(Memm(emissions, left, right, _no_tags(emissions), mask, lengths))
-    return crf_marginals(*_adjusted(memm, *_words(direction, variant)), backend=backend).to(memm.transitions.dtype)
+    chain = _adjusted(memm, *_words(direction, variant), backend=backend)
+    return crf_marginals(*chain, backend=backend).to(memm.transitions.dtype)
 
 
-def _adjusted(memm: Memm, *words: bool) -> tuple[Tensor, Tensor, None, None, Tensor]:
+def _adjusted(memm: Memm, *words: bool, backend: str) -> tuple[Tensor, Tensor, None, None, Tensor]:
     """A chain whose path scores are minus the losses."""
     alive = live(_memm.as_chain(memm))
     if memm.lengths is not None:
         _memm.check_lengths(memm)
-    return *_memm.adjusted(memm.emissions, memm.transitions, memm.right, alive, *words), None, None, alive
+    return *_memm.adjusted(memm, alive, *words, backend), None, None, alive
 
 
 def _no_tags(emissions: object) -> Tensor:
