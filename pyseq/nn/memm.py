@@ -184,8 +184,6 @@ class MEMM(EmissionsLayer):
             return emissions
         live = torch.ones(emissions.shape[:2], dtype=torch.bool, device=emissions.device) if live is None else live
         count = live.cumsum(1)
-        for allowed, at in ((start, count == 1), (end, count == count[:, -1:])):
-            if allowed is not None:
-                away = (live & at).unsqueeze(2) & ~allowed.to(emissions.device)
-                emissions = emissions.masked_fill(away, -torch.inf)
-        return emissions
+        ends = (start, live & (count == 1)), (end, live & (count == count[:, -1:]))
+        away = [at.unsqueeze(2) & ~allowed.to(emissions.device) for allowed, at in ends if allowed is not None]
+        return emissions.masked_fill(away[0] | away[-1], -torch.inf)

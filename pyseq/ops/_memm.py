@@ -163,7 +163,8 @@ def _low_rank(
     first, second = factors
     count, num_tags = steps.scores.shape
     size = max(MOST // num_tags, 1)
-    each, status = torch.arange(min(size, count), device=first.device), OK
+    each = torch.arange(min(size, count), device=first.device)
+    status: int = OK
     for at in range(0, count, size):
         some = slice(at, at + size)
         context = steps.context[some]

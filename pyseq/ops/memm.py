@@ -84,7 +84,7 @@ def memm_nll(
             raise ValueError("weight, token_weight and label_smoothing are for tags, not for allowed")
         memm = _checked(Memm(emissions, left, right, _no_tags(emissions), mask, lengths))
         sides = [(True, False)] * forward + [(False, True)] * backward
-        chains = [_adjusted(memm, *side, halved, backend=backend) for side in sides]
+        chains = [_adjusted(memm, *side, halved, backend) for side in sides]
         losses = [-crf_log_partition(*chain, allowed=allowed, backend=backend) for chain in chains]
         return (sum(losses[1:], losses[0]) / len(losses)).to(memm.transitions.dtype)
     memm = _checked(Memm(emissions, left, right, tags, mask, lengths, weight, token_weight))
@@ -126,7 +126,7 @@ def memm_viterbi(
     memm = _checked(Memm(emissions, left, right, _no_tags(emissions), mask, lengths))
     words = _words(direction, variant)
     with torch.no_grad():
-        chain = _adjusted(memm, *words, backend=backend)
+        chain = _adjusted(memm, *words, backend)
         scores, path = viterbi(*chain, allowed=allowed, n_best=n_best, backend=backend)
         return scores.to(memm.transitions.dtype), path
 
@@ -158,16 +158,18 @@ def memm_marginals(
         )
     left, right = _pair(transitions)
     memm = _checked(Memm(emissions, left, right, _no_tags(emissions), mask, lengths))
-    chain = _adjusted(memm, *_words(direction, variant), backend=backend)
+    chain = _adjusted(memm, *_words(direction, variant), backend)
     return crf_marginals(*chain, backend=backend).to(memm.transitions.dtype)
 
 
-def _adjusted(memm: Memm, *words: bool, backend: str) -> tuple[Tensor, Tensor, None, None, Tensor]:
+def _adjusted(
+    memm: Memm, forward: bool, backward: bool, halved: bool, backend: str
+) -> tuple[Tensor, Tensor, None, None, Tensor]:
     """A chain whose path scores are minus the losses."""
     alive = live(_memm.as_chain(memm))
     if memm.lengths is not None:
         _memm.check_lengths(memm)
-    return *_memm.adjusted(memm, alive, *words, backend), None, None, alive
+    return *_memm.adjusted(memm, alive, forward, backward, halved, backend), None, None, alive
 
 
 def _no_tags(emissions: object) -> Tensor:

@@ -137,7 +137,8 @@ def test_buffers_are_kept_to(target: Any) -> None:
         p = problem(2, 3, 5, 3, rank=rank).to(target.device)
         with guarded("chain", target.backend) as count:
             value, _ = derived(p, lambda p: p.nll(target.backend), torch.ones(2))
-        assert next(count) >= 2
+            ops.memm_viterbi(p.emissions, p.transitions, p.mask, lengths=p.lengths, backend=target.backend)
+        assert next(count) >= 3
         torch.testing.assert_close(value, p.nll("reference"))
 
 
@@ -198,6 +199,27 @@ def test_decoding_is_exact(direction: Any, variant: Any, backend: Any) -> None:
         there = scores > -torch.inf
         assert torch.equal(tags == -1, ~mask | ~there.unsqueeze(1))
         torch.testing.assert_close(ops.memm_nll(f, g, tags.clamp(min=0), mask, **words)[there], -scores[there])
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+@pytest.mark.parametrize("kind", range(12))
+def test_adjusted_emissions(kind: int, scale: float, target: Any) -> None:
+    """The kernel beside the definition in torch, also where exponentials vanish, of -inf and of NaN."""
+    if target.backend != "cpp":
+        pytest.skip("other backends take the definition")
+    p = problem(6, 7, (5, 17, 40)[kind % 3], kind, DTYPES[kind % 4])
+    f, g = p.emissions * scale, p.transitions * scale
+    f[0, 2, 3], f[1, 1], f[2, 3, 1], g[2, 4], g[1] = -torch.inf, -torch.inf, torch.nan, -torch.inf, -torch.inf
+    memm = _memm.Memm(f, g, None, p.tags, p.mask, p.lengths)
+    words = p.direction != "backward", p.direction != "forward", p.variant == "mean"
+    found, right = (_memm.adjusted(memm, p.live(), *words, backend) for backend in ("cpp", "reference"))
+    torch.testing.assert_close(found, right, rtol=1e-13, atol=1e-12, equal_nan=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(threads, 2))
+    other = _memm.adjusted(memm, p.live(), *words, "cpp")
+    torch.set_num_threads(threads)
+    torch.testing.assert_close(other, found, rtol=0, atol=0, equal_nan=True)
 
 
 def test_raw_scores_do_not_decode_exactly() -> None:
