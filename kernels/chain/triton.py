@@ -16,8 +16,9 @@ import triton
 from torch import Tensor
 
 from pyseq.kernels import OK
-from pyseq.kernels.chain import SCORE, Chain, Gradients, reduces
+from pyseq.kernels.chain import SCORE, Chain, Gradients, Sampling, reduces
 from pyseq.kernels.chain._memm_triton import local_steps, neighbours
+from pyseq.kernels.chain._paths_triton import path_draw_kernel, path_filter_kernel
 from pyseq.kernels.chain._triton_kernels import (
     chain_edges_kernel,
     crf_bwd_kernel,
@@ -26,7 +27,7 @@ from pyseq.kernels.chain._triton_kernels import (
     viterbi_fwd_kernel,
 )
 
-__all__ = ["crf", "local_steps", "neighbours", "viterbi"]
+__all__ = ["crf", "local_steps", "neighbours", "sample", "viterbi"]
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 FAST, WIDE, LOG = 0, 1, 2  # paths: exp domain at the width of the sums, in float64, log domain
 
@@ -65,6 +66,7 @@ def config(num_tags: int, size: int) -> Config:
 CHUNK = 32  # steps of one sequence that a product of the transition gradient takes
 SCAN = 128  # steps that compaction and scoring take at once
 PARTS = 256  # programs that share the transition gradient
+TOGETHER, ABREAST = 16, 128  # samples of a program, and the most tags that it looks at at once
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
 
@@ -160,4 +162,29 @@ def viterbi(chain: Chain, check: bool, scores: Tensor, path: Tensor) -> int:
     blocks = {"K": num_tags, "KP": c.KP, "BI": c.BW, "CHUNK": SCAN, "num_warps": c.num_warps}
     with _launching(emissions):
         viterbi_fwd_kernel[(batch,)](*given, row, steps, back, scores, path, time, **blocks, **OPTIONS)
+    return OK
+
+
+def sample(sampling: Sampling, check: bool, paths: Tensor) -> int:
+    """Nobody checks here: of a length out of range there are no samples."""
+    emissions, transitions, start, end, mask, lengths, seed = sampling
+    batch, time, num_tags = emissions.shape
+    count = paths.size(1)
+    paths.fill_(-1)
+    if batch == 0 or time == 0:
+        return OK
+    c = config(num_tags, 8)
+    row = _scratch(emissions, batch, c.KP, dtype=torch.float64)
+    steps = None if mask is None else _scratch(emissions, batch, time, dtype=torch.int32)
+    alpha = _scratch(emissions, batch, time, num_tags, dtype=torch.float64)
+    found = _scratch(emissions, batch, dtype=torch.int32)
+    into = torch.cat((transitions.mT, (torch.zeros_like(transitions[0]) if end is None else end)[None])).double()
+    given = (emissions, *emissions.stride()[:2], transitions, start, end, mask, lengths)
+    sizes = {"K": num_tags, "KP": c.KP, "BL": c.BL, "CHUNK": SCAN, "num_warps": c.num_warps}
+    abreast = min(c.KP, ABREAST)
+    blocks = {"K": num_tags, "BS": TOGETHER, "BK": abreast, "num_warps": max(abreast // 16, 1)}
+    grid = (batch, triton.cdiv(count, TOGETHER))
+    with _launching(emissions):
+        path_filter_kernel[(batch,)](*given, row, steps, alpha, found, time, **sizes, **OPTIONS)
+        path_draw_kernel[grid](seed, into, alpha, found, steps, paths, time, count, **blocks, **OPTIONS)
     return OK

@@ -9,7 +9,7 @@ from torch import Tensor
 from pyseq.kernels.chain import BAD_LENGTH, BAD_TAG, PARTITION, Chain, Sampling
 from pyseq.ops import _chain_reference as by_reference
 from pyseq.ops._autograd import refuse_upstream, shared_weight
-from pyseq.ops._backend import Backends, settings
+from pyseq.ops._backend import Backends, Name, settings
 from pyseq.ops._chain_reference import NBestOptions, PathOptions, SampleOptions, ValueOptions
 from pyseq.ops._library import Raw, needs_grad
 from pyseq.ops._torch import keeps_graph
@@ -18,19 +18,20 @@ Reduction = Literal["none", "sum", "mean"]
 TRITON_MAX_TAGS = 1024
 
 
-def _triton_limits(chain: Chain) -> list[str]:
+def _triton_limits(chain: Chain | Sampling) -> list[str]:
     if chain.emissions.dim() == 3 and chain.emissions.size(2) > TRITON_MAX_TAGS:
         return [f"triton serves at most {TRITON_MAX_TAGS} tags, got {chain.emissions.size(2)}"]
     return []
 
 
-SAMPLE = Backends("chain", Sampling, {"cpu": ("cpp", "numba")}, task="sampling")
+ORDER: dict[str, tuple[Name, ...]] = {"cpu": ("cpp", "numba"), "cuda": ("triton",)}
+SAMPLE = Backends("chain", Sampling, ORDER, {"triton": _triton_limits})
 ENTROPY = Backends("chain", Chain, {}, task="the entropy")
 N_BEST = Backends("chain", Chain, {"cpu": ("cpp", "numba")}, task="n-best")
 BACKENDS = Backends(
     "chain",
     Chain,
-    {"cpu": ("cpp", "numba"), "cuda": ("triton",)},
+    ORDER,
     {"triton": _triton_limits},
     others={"n_best": N_BEST},
 )

@@ -37,8 +37,8 @@ def crf_sample(
     Raises ValueError for a wrong shape or device, for mask beside lengths, for a length out of range (on the CPU in
     eager mode or with PYSEQ_CHECK=1; elsewhere its samples become -1), for num_samples below 1 and for a backend that
     cannot serve; TypeError for a wrong dtype, something that is no dense tensor, or num_samples that is no integer.
-    Time O(B T K^2 + B N T log K), memory O(B N T + B T K), O(B N T K) in the reference, which serves CUDA. Source:
-    forward filtering, backward sampling (Scott 2002, section 2).
+    Time O(B T K^2 + B N T log K), with K for log K in Triton, which serves CUDA; memory O(B N T + B T K), O(B N T K) in
+    the reference. Source: forward filtering, backward sampling (Scott 2002, section 2).
 
     >>> generator = torch.Generator().manual_seed(0)
     >>> emissions = torch.tensor([[[0.0, 0.0], [0.0, -torch.inf]]])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyseq import explain, ops
-from pyseq.kernels.chain import NLL, PARTITION, SCORE, Gradients
+from pyseq.kernels.chain import NLL, PARTITION, SCORE, Gradients, Sampling
 from pyseq.kernels.chain import Chain as Inputs
 from pyseq.ops._backend import launcher
 from pyseq.testing import Array, assert_within, launches, memm, unit
@@ -422,8 +422,8 @@ def recorded_paths(backend: str, mask: int = 3) -> Iterator[list[Tensor]]:
 
 
 def triton_call(kind: int, dtype: torch.dtype, tags: int, batch: int = 1, time: int = 2) -> Callable[[], None]:
-    """A loss with gradients and Viterbi by Triton's launchers, with all optional arguments but lengths, on tensors
-    without data: for those who only record the launches."""
+    """A loss with gradients, Viterbi and samples by Triton's launchers, with all optional arguments but lengths, on
+    tensors without data: for those who only record the launches."""
     kernels = launcher("chain", "triton")
     wide = torch.promote_types(dtype, torch.float32)
     new = functools.partial(torch.empty, device="meta", dtype=wide)
@@ -435,6 +435,7 @@ def triton_call(kind: int, dtype: torch.dtype, tags: int, batch: int = 1, time: 
     def call() -> None:
         kernels.crf(inputs, kind, "none", False, value, grads)
         kernels.viterbi(inputs, False, value, labels)
+        kernels.sample(Sampling(*inputs[:4], mask, None, labels[0, :1]), False, labels.unsqueeze(1))
 
     return call
 
@@ -467,6 +468,14 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
         assert_within("score", score, truth.best, summed + unit(score.dtype) * abs(truth.best))
         assert path.tolist() == truth.path.tolist(), "another path"
 
+    def samples(problem: Chain) -> None:
+        drawn = []
+        for placed, backend in ((problem.to(device), "triton"), (problem, "reference")):
+            op = functools.partial(ops.crf_sample, num_samples=40, generator=torch.Generator().manual_seed(1))
+            given = placed.emissions, placed.transitions, placed.start, placed.end, placed.mask
+            drawn.append(op(*given, backend=backend).cpu())  # type: ignore[arg-type]
+        assert torch.equal(*drawn), "another path"
+
     def domains() -> None:
         with recorded_paths("triton") as paths:
             values(mixed(), NLL)
@@ -478,5 +487,6 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
             if kind == NLL or (shape, dtype) == (shapes[0], torch.float32):
                 yield f"{op.__name__} {name}", functools.partial(values, problem, kind)
         yield f"viterbi {name}", functools.partial(best, problem)
+        yield f"crf_sample {name}", functools.partial(samples, problem)
     yield "all domains", domains
     yield from memm.cases(device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyseq import ops
-from pyseq.kernels.chain import NLL, PARTITION, SCORE, Gradients
+from pyseq.kernels.chain import NLL, PARTITION, SCORE, Gradients, Sampling
 from pyseq.testing import Guarded, script
 from pyseq.testing.chain import NEG_INF, Chain, Known, chain, recorded_paths
 
@@ -117,6 +117,11 @@ def test_guard_bands(K: int, live: str, monkeypatch: pytest.MonkeyPatch) -> None
     scores, path = guard(torch.zeros(3)), guard(torch.zeros(3, 4, dtype=torch.int64))
     kernels.viterbi(problem.inputs(), False, scores, path)
     guard.check()
+    paths, given = guard(torch.zeros(3, 5, 4, dtype=torch.int64)), problem.inputs()
+    kernels.sample(Sampling(*given[:4], given.mask, given.lengths, torch.tensor([9])), False, paths)
+    guard.check()
+    drawn = problem.live() if problem.lengths is None else torch.tensor([[False], [False], [True]]) & problem.live()
+    assert torch.equal(paths >= 0, drawn.unsqueeze(1).expand_as(paths))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -151,7 +156,7 @@ AOT = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); impo
 def test_binaries() -> None:
     out = script(f"{AOT}; aot.main(['chain', '--quick', '--targets', 'sm_90'])")
     rows = [dict(word.split("=") for word in line.split()[1:]) for line in out.splitlines()]
-    kernels = ("chain_edges", "crf_fwd", "crf_bwd", "crf_counts", "viterbi_fwd")
+    kernels = ("chain_edges", "crf_fwd", "crf_bwd", "crf_counts", "viterbi_fwd", "path_filter", "path_draw")
     assert [(row["kernel"], row["K"], row["dtype"]) for row in rows] == [
         *((f"{kernel}_kernel", *case) for case in (("9", "bfloat16"), ("128", "float32")) for kernel in kernels),
         ("local_steps_kernel", "9", "bfloat16"),
