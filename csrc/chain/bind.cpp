@@ -2,6 +2,7 @@
 #include <string_view>
 
 #include "chain.hpp"
+#include "entropy.hpp"
 #include "memm.hpp"
 #include "module.hpp"
 #include "reader.hpp"
@@ -33,6 +34,22 @@ template <class T> void read_chain(Reader& read, const Inputs& chain, ChainArgs<
   args.weights = read.optional<T>(chain.weights, {args.batch});
 }
 
+// What kernels write where gradients are wanted; all None where they are not.
+struct Gradients {
+  handle emissions, transitions, start, end;
+};
+
+template <class T> void read_gradients(Reader& read, const Gradients& grads, ChainArgs<T>& args) {
+  if (grads.transitions.is_none()) return;
+  Tensor x{};
+  args.grad_emissions = read.rows<T>(grads.emissions, 3, x);
+  read.fits = read.fits && x.has_shape({args.batch, args.time, args.tags});
+  args.grad_stride_batch = x.stride[0], args.grad_stride_time = x.stride[1];
+  args.grad_transitions = read.array<T>(grads.transitions, {args.tags, args.tags});
+  args.grad_start = read.array<T>(grads.start, {args.tags});
+  args.grad_end = read.array<T>(grads.end, {args.tags});
+}
+
 // Runs `kernel`, in the emissions' type, on what all kernels read and what `take` reads, without the interpreter's lock.
 template <class Take, class Kernel>
 int call(const Inputs& chain, bool check, int threads, int level, Take take, Kernel kernel) {
@@ -62,15 +79,7 @@ int crf(
     args.reduction = reduction == "none" ? kNone : reduction == "sum" ? kSum : kMean;
     read.fits &= args.reduction != kMean || reduction == "mean";
     args.value = args.reduction == kNone ? read.array<T>(value, {args.batch}) : read.array<T>(value, {});
-    if (!grad_transitions.is_none()) {
-      Tensor x{};
-      args.grad_emissions = read.rows<T>(grad_emissions, 3, x);
-      read.fits = read.fits && x.has_shape({args.batch, args.time, args.tags});
-      args.grad_stride_batch = x.stride[0], args.grad_stride_time = x.stride[1];
-      args.grad_transitions = read.array<T>(grad_transitions, {args.tags, args.tags});
-      args.grad_start = read.array<T>(grad_start, {args.tags});
-      args.grad_end = read.array<T>(grad_end, {args.tags});
-    }
+    read_gradients(read, {grad_emissions, grad_transitions, grad_start, grad_end}, args);
     args.paths = read.optional<int32_t>(paths, {args.batch});
   };
   const Inputs chain{emissions, transitions, start, end, tags, mask, lengths, weights};
@@ -122,6 +131,18 @@ int sample(
   return call(chain, check, threads, level, take, [&](const auto& args) {
     return chain_sample(args, static_cast<uint64_t>(*number), count, path);
   });
+}
+
+int entropy(
+    handle emissions, handle transitions, handle start, handle end, handle tags, handle mask, handle lengths,
+    handle weights, bool check, handle value, handle grad_emissions, handle grad_transitions, handle grad_start,
+    handle grad_end, int threads, int level) {
+  const auto take = [&](Reader& read, auto& args, auto type) {
+    args.value = read.array<decltype(type)>(value, {args.batch});
+    read_gradients(read, {grad_emissions, grad_transitions, grad_start, grad_end}, args);
+  };
+  const Inputs chain{emissions, transitions, start, end, tags, mask, lengths, weights};
+  return call(chain, check, threads, level, take, [](const auto& args) { return chain_entropy(args); });
 }
 
 // Of a maximum-entropy Markov model.
@@ -198,6 +219,7 @@ PYSEQ_ROOM(chain, m) {
   m.def("viterbi", &pyseq::chain::viterbi);
   m.def("n_best", &pyseq::chain::n_best);
   m.def("sample", &pyseq::chain::sample);
+  m.def("entropy", &pyseq::chain::entropy);
   m.def("neighbours", &pyseq::chain::bound_neighbours);
   m.def("local_steps", &pyseq::chain::bound_local_steps);
   m.def("adjust", &pyseq::chain::bound_adjust);

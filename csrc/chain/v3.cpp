@@ -3,10 +3,12 @@
 #define PYSEQ_LEVEL 3
 #include "adjust_kernel.hpp"
 #include "kernel.hpp"
+#include "entropy_kernel.hpp"
 #include "memm_kernel.hpp"
 #include "sample_kernel.hpp"
 PYSEQ_ADJUST_LEVEL(v3)
 PYSEQ_CHAIN_LEVEL(v3)
+PYSEQ_ENTROPY_LEVEL(v3)
 PYSEQ_MEMM_LEVEL(v3)
 PYSEQ_SAMPLE_LEVEL(v3)
 #endif

@@ -4,6 +4,7 @@ Launchers: `crf(chain, kind, reduction, check, value, grads, paths=None)` fills 
 reduction, and where `grads` are given the gradients; `viterbi(chain, check, scores, path)` the best scores (B,) and
 paths (B, T); `n_best(chain, check, scores, paths)` those of the N best, (B, N) and (B, N, T). `paths` (B,) int32 of
 `crf` takes what served each sequence: 0 the first domain, the launcher's last number the log domain.
+`entropy(chain, check, value, grads)` fills value (B,) with the entropy of the paths, and gradients as `crf` does.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-PARTITION, NLL, SCORE = 0, 1, 2  # kinds of value
+PARTITION, NLL, SCORE, ENTROPY = 0, 1, 2, 3  # kinds of value; the last has a launcher of its own
 BAD_TAG, BAD_LENGTH, FORBIDDEN = 1, 2, 3  # statuses
 
 

@@ -7,7 +7,7 @@ from pyseq import _C
 from pyseq.kernels import _cpu
 from pyseq.kernels.chain import Chain, Gradients, LabelledPath, LocalSteps, Sampling, Unadjusted
 
-__all__ = ["adjust", "crf", "local_steps", "n_best", "neighbours", "sample", "viterbi"]
+__all__ = ["adjust", "crf", "entropy", "local_steps", "n_best", "neighbours", "sample", "viterbi"]
 
 
 def crf(
@@ -48,6 +48,12 @@ def n_best(chain: Chain, check: bool, scores: Tensor, paths: Tensor) -> int:
 
 def sample(chain: Sampling, check: bool, paths: Tensor) -> int:
     status: int = _C.chain.sample(*chain, check, paths, torch.get_num_threads(), _cpu.LEVEL)
+    return status
+
+
+def entropy(chain: Chain, check: bool, value: Tensor, grads: Gradients | None) -> int:
+    outputs = value, *(grads or (None,) * 4)
+    status: int = _C.chain.entropy(*chain, check, *outputs, torch.get_num_threads(), _cpu.LEVEL)
     return status
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from pyseq.kernels import OK
 from pyseq.kernels._numba import EXACT, JIT, exp
 from pyseq.kernels.chain import BAD_LENGTH, BAD_TAG, PARTITION, SCORE, Chain, Gradients, Sampling, reduces
+from pyseq.kernels.chain._entropy_numba import entropies
 from pyseq.kernels.chain._memm_numba import local_steps, neighbours
 
-__all__ = ["crf", "local_steps", "n_best", "neighbours", "sample", "viterbi"]
+__all__ = ["crf", "entropy", "local_steps", "n_best", "neighbours", "sample", "viterbi"]
 _INF = np.inf
 _LANES = 8  # tags are padded to whole vectors
 _TINY = 1e-200  # a state below this, relative to the step before, may have lost digits to underflow
@@ -788,6 +789,18 @@ def _sample(emissions, transitions, start, end, mask, lengths, seed, check, path
     return OK
 
 
+@njit(**JIT)
+def _live(batch, time, mask, lengths):
+    """Times of every sequence's live steps (B, T + 1), and how many there are; for a length out of range -1 less those
+    of the nearest one."""
+    steps = np.zeros((batch, time + 1), np.int64)
+    count = np.empty(batch, np.int64)
+    for b in range(batch):
+        n = _steps(b, time, mask, lengths, steps[b])
+        count[b] = n if n >= 0 else -1 - min(max(lengths[b], 0), time)
+    return steps, count
+
+
 _NO_ROWS = {kind: np.empty((0, 0), kind) for kind in (np.bool_, np.int64)}
 
 
@@ -805,16 +818,20 @@ def _arrays(chain):  # type: ignore[no-untyped-def]
     )
 
 
+def _outputs(dtype, grads):  # type: ignore[no-untyped-def]
+    """Contiguous arrays for gradients, empty ones where none are wanted."""
+    if grads is None:
+        return tuple(np.empty((0,) * rank, dtype) for rank in (3, 2, 1, 1))
+    return tuple((g if g.is_contiguous() else g.new_empty(g.shape)).numpy() for g in grads)
+
+
 @reduces
 def crf(
     chain: Chain, kind: int, check: bool, value: Tensor, grads: Gradients | None, paths: Tensor | None = None
 ) -> int:
     """paths: 0 the scaled domain, 1 the log domain; both in float64."""
     batch, dtype = len(chain.emissions), chain.transitions.numpy().dtype
-    if grads is None:
-        out = tuple(np.empty((0,) * rank, dtype) for rank in (3, 2, 1, 1))
-    else:
-        out = tuple((g if g.is_contiguous() else g.new_empty(g.shape)).numpy() for g in grads)
+    out = _outputs(dtype, grads)
     tags = _NO_ROWS[np.int64] if chain.tags is None else chain.tags.numpy()
     weights = np.ones(batch, dtype) if chain.weights is None else chain.weights.numpy()
     served = np.zeros(batch, np.int32) if paths is None else paths.numpy()
@@ -840,3 +857,18 @@ def sample(chain: Sampling, check: bool, paths: Tensor) -> int:
     seed = np.uint64(int(chain.seed) % 2**64)
     status: int = _sample(*_arrays(chain), seed, check, paths.numpy())
     return status
+
+
+def entropy(chain: Chain, check: bool, value: Tensor, grads: Gradients | None) -> int:
+    *scores, mask, lengths = _arrays(chain)
+    batch, time, _ = chain.emissions.shape
+    dtype = chain.transitions.numpy().dtype
+    steps, count = _live(batch, time, mask, lengths)
+    if check and (count < 0).any():
+        return BAD_LENGTH
+    out = _outputs(dtype, grads)
+    weights = np.ones(batch, dtype) if chain.weights is None else chain.weights.numpy()
+    entropies(*scores, steps, count, weights, grads is not None, value.numpy(), out)
+    if grads is not None and not grads.emissions.is_contiguous():
+        grads.emissions.copy_(grads.emissions.new_tensor(out[0]))
+    return OK

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyseq.kernels import OK
 from pyseq.kernels.chain import SCORE, Chain, Gradients, Sampling, reduces
+from pyseq.kernels.chain._entropy_triton import entropy_bwd_kernel, entropy_counts_kernel, entropy_fwd_kernel
 from pyseq.kernels.chain._memm_triton import local_steps, neighbours
 from pyseq.kernels.chain._paths_triton import path_draw_kernel, path_filter_kernel
 from pyseq.kernels.chain._triton_kernels import (
@@ -27,7 +28,7 @@ from pyseq.kernels.chain._triton_kernels import (
     viterbi_fwd_kernel,
 )
 
-__all__ = ["crf", "local_steps", "neighbours", "sample", "viterbi"]
+__all__ = ["crf", "entropy", "local_steps", "neighbours", "sample", "viterbi"]
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 FAST, WIDE, LOG = 0, 1, 2  # paths: exp domain at the width of the sums, in float64, log domain
 
@@ -165,6 +166,12 @@ def viterbi(chain: Chain, check: bool, scores: Tensor, path: Tensor) -> int:
     return OK
 
 
+def _by_destination(transitions: Tensor, end: Tensor | None) -> Tensor:
+    """Scores (K + 1, K) in float64, those of the end last."""
+    last = torch.zeros_like(transitions[0]) if end is None else end
+    return torch.cat((transitions.mT, last.unsqueeze(0))).double()
+
+
 def sample(sampling: Sampling, check: bool, paths: Tensor) -> int:
     """Nobody checks here: of a length out of range there are no samples."""
     emissions, transitions, start, end, mask, lengths, seed = sampling
@@ -178,7 +185,7 @@ def sample(sampling: Sampling, check: bool, paths: Tensor) -> int:
     steps = None if mask is None else _scratch(emissions, batch, time, dtype=torch.int32)
     alpha = _scratch(emissions, batch, time, num_tags, dtype=torch.float64)
     found = _scratch(emissions, batch, dtype=torch.int32)
-    into = torch.cat((transitions.mT, (torch.zeros_like(transitions[0]) if end is None else end)[None])).double()
+    into = _by_destination(transitions, end)
     given = (emissions, *emissions.stride()[:2], transitions, start, end, mask, lengths)
     sizes = {"K": num_tags, "KP": c.KP, "BL": c.BL, "CHUNK": SCAN, "num_warps": c.num_warps}
     abreast = min(c.KP, ABREAST)
@@ -187,4 +194,45 @@ def sample(sampling: Sampling, check: bool, paths: Tensor) -> int:
     with _launching(emissions):
         path_filter_kernel[(batch,)](*given, row, steps, alpha, found, time, **sizes, **OPTIONS)
         path_draw_kernel[grid](seed, into, alpha, found, steps, paths, time, count, **blocks, **OPTIONS)
+    return OK
+
+
+def entropy(chain: Chain, check: bool, value: Tensor, grads: Gradients | None) -> int:
+    """Nobody checks here: a length out of range makes NaN."""
+    emissions, transitions, start, end, _, mask, lengths, weights = chain
+    batch, time, num_tags = emissions.shape
+    if batch == 0 or time == 0:
+        for out in (value, *(grads or ())):
+            out.zero_()
+        return OK
+    padded = max(triton.next_power_of_2(num_tags), 2)
+    num_warps = 1 if padded <= 16 else 4 if padded == 32 else 8 if padded <= 256 else 16
+    into = _by_destination(transitions, end)
+    steps = None if mask is None else _scratch(emissions, batch, time, dtype=torch.int32)
+    alpha = _scratch(emissions, batch, time, num_tags, dtype=torch.float64)
+    tape = batch, time + 1, num_tags + 1
+    sums, mixed = (_scratch(emissions, *tape, dtype=torch.float64) for _ in range(2))
+    likeliest = _scratch(emissions, *tape, dtype=torch.int16)
+    count = _scratch(emissions, batch, dtype=torch.int32)
+    tapes = alpha, sums, mixed, likeliest, count
+    together = min(padded, (256 if padded <= 256 else 128) * num_warps // padded)  # destinations
+    sizes = {"K": num_tags, "KP": padded, "BJ": together, "num_warps": num_warps} | registers(num_warps)
+    with _launching(emissions):
+        given = (emissions, *emissions.stride()[:2], into, start, mask, lengths, steps)
+        entropy_fwd_kernel[(batch,)](*given, *tapes, value, time, CHUNK=SCAN, **sizes, **OPTIONS)
+        if grads is None:
+            return OK
+        adjoints = tuple(_scratch(emissions, *tape, dtype=torch.float64) for _ in range(3))
+        ends = _scratch(emissions, batch, 2, num_tags, dtype=torch.float64)
+        grad = grads.emissions.zero_()
+        out = (*adjoints, grad, *grad.stride()[:2], ends)
+        entropy_bwd_kernel[(batch,)](into, weights, steps, *tapes, *out, time, **sizes, **OPTIONS)
+        tile = min(max(padded, 16), 32)
+        tiles = triton.cdiv(num_tags, tile) ** 2
+        slots = max(min(batch * triton.cdiv(time, CHUNK), PARTS // tiles), 1)
+        parts = _scratch(emissions, slots, num_tags, num_tags, dtype=torch.float64)
+        block = {"K": num_tags, "BK": tile, "CHUNK": CHUNK, "num_warps": 4}
+        entropy_counts_kernel[(slots, tiles)](into, *tapes, *adjoints, parts, batch, time, **block, **OPTIONS)
+    for shares, total in ((parts, grads.transitions), (ends[:, 0], grads.start), (ends[:, 1], grads.end)):
+        total.copy_(torch.sum(shares, 0))
     return OK

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyseq.kernels.chain import BAD_LENGTH, BAD_TAG, PARTITION, Chain, Sampling
+from pyseq.kernels.chain import BAD_LENGTH, BAD_TAG, ENTROPY, PARTITION, Chain, Gradients, Sampling
 from pyseq.ops import _chain_reference as by_reference
 from pyseq.ops._autograd import refuse_upstream, shared_weight
 from pyseq.ops._backend import Backends, Name, settings
@@ -26,7 +26,6 @@ def _triton_limits(chain: Chain | Sampling) -> list[str]:
 
 ORDER: dict[str, tuple[Name, ...]] = {"cpu": ("cpp", "numba"), "cuda": ("triton",)}
 SAMPLE = Backends("chain", Sampling, ORDER, {"triton": _triton_limits})
-ENTROPY = Backends("chain", Chain, {}, task="the entropy")
 N_BEST = Backends("chain", Chain, {"cpu": ("cpp", "numba")}, task="n-best")
 BACKENDS = Backends(
     "chain",
@@ -89,15 +88,17 @@ def samples(sampling: Sampling, count: int, backend: str) -> Tensor:
     return by_reference.samples(sampling, options) if backend == "reference" else _sample(sampling, options, direct)  # type: ignore[no-any-return]
 
 
-def entropy(chain: Chain, backend: str) -> Tensor:
-    """(B,)."""
-    _, check, backend = ENTROPY.way(backend, chain)
-    return by_reference.entropy(chain, PathOptions(check, backend))
-
-
 def _launch(raw: Raw, name: str, chain: Chain, backend: str, *rest: Any) -> None:
     if raw.launch(name, chain, backend, *rest, rows=("emissions",)) in (BAD_TAG, BAD_LENGTH):
         by_reference.raise_bad_values(chain)
+
+
+def _sweep(raw: Raw, chain: Chain, options: ValueOptions, out: Tensor, grads: Gradients | None) -> None:
+    kind, reduction, check, backend = options
+    if kind == ENTROPY:
+        _launch(raw, "entropy", chain, backend, check, out, grads)
+    else:
+        _launch(raw, "crf", chain, backend, kind, reduction, check, out, grads)
 
 
 def _value_fake(chain: Chain, options: ValueOptions) -> Tensor:
@@ -110,8 +111,7 @@ def _value_kernel(chain: Chain, options: ValueOptions) -> Tensor:
     if options.backend == "reference":
         return by_reference.value(chain, options)
     out = _value_fake(chain, options)
-    kind, reduction, check, backend = options
-    _launch(_value, "crf", chain, backend, kind, reduction, check, out, None)
+    _sweep(_value, chain, options, out, None)
     return out
 
 
@@ -151,8 +151,7 @@ def _value_and_grad_kernel(chain: Chain, options: ValueOptions) -> tuple[Tensor,
     if options.backend == "reference":
         return by_reference.value_and_grad(chain, options)
     out, grads = _value_fake(chain, options), by_reference.gradients_like(chain)
-    kind, reduction, check, backend = options
-    _launch(_value_and_grad, "crf", chain, backend, kind, reduction, check, out, grads)
+    _sweep(_value_and_grad, chain, options, out, grads)
     return out, *grads
 
 

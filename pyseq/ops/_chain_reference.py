@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyseq.kernels.chain import NLL, PARTITION, Chain, Gradients, Sampling
+from pyseq.kernels.chain import ENTROPY, NLL, PARTITION, Chain, Gradients, Sampling
 from pyseq.ops._backend import settings
 from pyseq.ops._torch import traced
 from pyseq.reference import chain as reference
@@ -14,8 +14,8 @@ from pyseq.reference import chain_paths as paths
 
 
 class ValueOptions(NamedTuple):
-    kind: int  # PARTITION, NLL or SCORE
-    reduction: str
+    kind: int  # PARTITION, NLL, SCORE or ENTROPY
+    reduction: str  # "none" for the last
     check: bool  # whether tags and lengths out of range raise, rather than make their sequence NaN
     backend: str
 
@@ -50,6 +50,8 @@ def value(chain: Chain, options: ValueOptions) -> Tensor:
     scores = chain.emissions, chain.transitions
     if options.kind == PARTITION:
         out = reference.crf_log_partition(*scores, chain.start, chain.end, live(chain))
+    elif options.kind == ENTROPY:
+        out = paths.crf_entropy(*scores, chain.start, chain.end, live(chain))
     else:
         assert chain.tags is not None
         serve = reference.crf_nll if options.kind == NLL else reference.crf_score
@@ -94,12 +96,6 @@ def samples(sampling: Sampling, options: SampleOptions) -> Tensor:
     given = chain.emissions, chain.transitions, chain.start, chain.end, live(chain)
     tags = paths.crf_sample(*given, sampling.seed, options.num_samples)
     return tags if options.check else tags.masked_fill(_one_or_nan(chain).isnan()[:, None, None], -1)
-
-
-def entropy(chain: Chain, options: PathOptions) -> Tensor:
-    options = checked(options, chain)
-    out = paths.crf_entropy(chain.emissions, chain.transitions, chain.start, chain.end, live(chain))
-    return out if options.check else out * _one_or_nan(chain)
 
 
 def value_and_grad(chain: Chain, options: ValueOptions) -> tuple[Tensor, ...]:

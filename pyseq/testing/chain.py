@@ -422,8 +422,8 @@ def recorded_paths(backend: str, mask: int = 3) -> Iterator[list[Tensor]]:
 
 
 def triton_call(kind: int, dtype: torch.dtype, tags: int, batch: int = 1, time: int = 2) -> Callable[[], None]:
-    """A loss with gradients, Viterbi and samples by Triton's launchers, with all optional arguments but lengths, on
-    tensors without data: for those who only record the launches."""
+    """A loss and an entropy with gradients, Viterbi and samples by Triton's launchers, with all optional arguments but
+    lengths, on tensors without data: for those who only record the launches."""
     kernels = launcher("chain", "triton")
     wide = torch.promote_types(dtype, torch.float32)
     new = functools.partial(torch.empty, device="meta", dtype=wide)
@@ -435,6 +435,7 @@ def triton_call(kind: int, dtype: torch.dtype, tags: int, batch: int = 1, time: 
     def call() -> None:
         kernels.crf(inputs, kind, "none", False, value, grads)
         kernels.viterbi(inputs, False, value, labels)
+        kernels.entropy(inputs, False, value, grads)
         kernels.sample(Sampling(*inputs[:4], mask, None, labels[0, :1]), False, labels.unsqueeze(1))
 
     return call
@@ -476,6 +477,17 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
             drawn.append(op(*given, backend=backend).cpu())  # type: ignore[arg-type]
         assert torch.equal(*drawn), "another path"
 
+    def entropy(problem: Chain) -> None:
+        found = []
+        for placed, backend in ((problem.to(device), "triton"), (problem.double(), "reference")):
+            leaves = placed.leaves()
+            given = leaves.emissions, leaves.transitions, leaves.start, leaves.end, leaves.mask
+            value = ops.crf_entropy(*given, backend=backend)  # type: ignore[arg-type]
+            found.append([value, *torch.autograd.grad(value.sum(), leaves.scores())])
+        for name, mine, right in zip(("value", *NAMES), *found, strict=True):
+            room = 2 * unit(mine.dtype) * abs(right) + 1e-12 * problem.emissions.size(1)
+            assert_within(name, mine, right.detach().numpy(), room.detach().numpy())
+
     def domains() -> None:
         with recorded_paths("triton") as paths:
             values(mixed(), NLL)
@@ -488,5 +500,6 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
                 yield f"{op.__name__} {name}", functools.partial(values, problem, kind)
         yield f"viterbi {name}", functools.partial(best, problem)
         yield f"crf_sample {name}", functools.partial(samples, problem)
+        yield f"crf_entropy {name}", functools.partial(entropy, problem)
     yield "all domains", domains
     yield from memm.cases(device)

@@ -114,6 +114,9 @@ def test_guard_bands(K: int, live: str, monkeypatch: pytest.MonkeyPatch) -> None
         bad = [kind != PARTITION] * 3 if problem.lengths is None else [True, True, kind != PARTITION]
         assert value.isnan().tolist() == bad
         guard.check()
+    kernels.entropy(problem.inputs(), False, value, Gradients(*grads))
+    assert value.isnan().tolist() == [problem.lengths is not None] * 2 + [False]
+    guard.check()
     scores, path = guard(torch.zeros(3)), guard(torch.zeros(3, 4, dtype=torch.int64))
     kernels.viterbi(problem.inputs(), False, scores, path)
     guard.check()
@@ -156,7 +159,8 @@ AOT = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); impo
 def test_binaries() -> None:
     out = script(f"{AOT}; aot.main(['chain', '--quick', '--targets', 'sm_90'])")
     rows = [dict(word.split("=") for word in line.split()[1:]) for line in out.splitlines()]
-    kernels = ("chain_edges", "crf_fwd", "crf_bwd", "crf_counts", "viterbi_fwd", "path_filter", "path_draw")
+    paths = ("entropy_fwd", "entropy_bwd", "entropy_counts", "path_filter", "path_draw")
+    kernels = ("chain_edges", "crf_fwd", "crf_bwd", "crf_counts", "viterbi_fwd", *paths)
     assert [(row["kernel"], row["K"], row["dtype"]) for row in rows] == [
         *((f"{kernel}_kernel", *case) for case in (("9", "bfloat16"), ("128", "float32")) for kernel in kernels),
         ("local_steps_kernel", "9", "bfloat16"),
