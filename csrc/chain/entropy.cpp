@@ -83,15 +83,15 @@ template <class T> int chain_entropy(const ChainArgs<T>& args) {
   double *edges = static_cast<double*>(tables.get()), *weights = edges + size, *start = weights + size;
   std::fill(edges, start + padded, 0.0);
   const auto fill = [&](int64_t row, int64_t j, auto score) {
-    double top = kForbidden;
+    double top = kImpossible;
     for (int64_t i = 0; i < tags; ++i) {
       double& edge = edges[(row + i) * padded + j];
-      edge = std::max(score(i), kForbidden);
+      edge = std::max(score(i), kImpossible);
       top = std::max(top, edge);
     }
     for (int64_t i = 0; i < tags; ++i) {
       const double edge = edges[(row + i) * padded + j];
-      weights[(row + i) * padded + j] = edge > kForbidden ? std::exp(edge - top) : 0.0;
+      weights[(row + i) * padded + j] = edge > kImpossible ? std::exp(edge - top) : 0.0;
     }
   };
   for (int64_t j = 0; j < padded; ++j) {

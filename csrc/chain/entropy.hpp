@@ -8,7 +8,7 @@ namespace pyseq::chain {
 // Values (batch), and where wanted the gradients of their sum weighted by `weights`.
 template <class T> int chain_entropy(const ChainArgs<T>& args);
 
-// Edges by source, (2 * tags, padded): transitions, and the end scores as edges to a first tag, kBehind alike; kForbidden in
+// Edges by source, (2 * tags, padded): transitions, and the end scores as edges to a first tag, kBehind alike; kImpossible in
 // place of -inf. weights: their exponentials, counted from the largest of a destination, 0 of forbidden ones. The padding
 // holds edges of score 0. start (padded).
 struct EntropyTables {
@@ -16,7 +16,7 @@ struct EntropyTables {
   const double *edges, *weights, *start;
 };
 
-constexpr double kForbidden = -1e300;  // what is finite times a weight of 0 is 0
+constexpr double kImpossible = -1e300;  // what is finite times a weight of 0 is 0
 constexpr int64_t kBehind = 8;         // tags behind the end: a vector
 constexpr int64_t kEntropyTape = 6, kEntropyRows = 5 + 2 * 8;  // numbers per tag: of a step, and beside the steps
 

@@ -47,7 +47,7 @@ constexpr double kLeastWeight = 1e-200;  // of the likeliest predecessor, beside
 // Of vectors of destinations: log of all they have before them, and of one predecessor; -inf where an edge is forbidden.
 PYSEQ_INLINE Vec<double> score(double alpha, const double* edge) {
   const Vec<double> x = alpha + load(edge);
-  return x > 0.1 * pyseq::chain::kForbidden ? x : splat(-__builtin_inf());
+  return x > 0.1 * pyseq::chain::kImpossible ? x : splat(-__builtin_inf());
 }
 
 // What is left of a vector of destinations when its choices are known.
