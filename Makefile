@@ -3,7 +3,7 @@
 # Tests run on JOBS processes. STUDY=<name>: the study examples/*<name>.py.
 PYTHON ?= python3
 JOBS ?= 2
-STUDY ?= people_daily_heads
+STUDY ?= chain_heads
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/*/*) setup.py pyproject.toml constraints.txt

@@ -1,6 +1,5 @@
 import importlib
 import itertools
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -155,23 +154,3 @@ def test_demo_forbids_what_no_piece_has_and_shows_entities(demo: ModuleType) -> 
     labels = ["S|B-nr", "B|I-nr", "E|I-nr", "S|O", "B|B-ns", "E|I-ns"]
     assert demo.show("江泽民在北京", labels, False) == "[江 泽民]person 在 [北京]place"
     assert demo.show("江泽民在北京", labels, True) == "\033[1;31m江 泽民\033[0m 在 \033[1;32m北京\033[0m"
-
-
-def test_study_skips_finished_runs_and_pairs_seeds(demo: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the study draws: pip install matplotlib")
-    heads, path, settings = importlib.import_module("people_daily_heads"), tmp_path / "runs.csv", asdict(demo.FULL)
-    append = importlib.import_module("_study").append
-    runs = [("crf", 1, 8), ("softmax", 0, 4), (demo.LEGAL, 0, 5), ("crf", 0, 6), ("softmax", 1, 7), (demo.LEGAL, 1, 9)]
-    for head, seed, right in runs:
-        score = demo.SpanScore(correct=right, predicted=10, gold=10)
-        result = demo.Result(head, {}, score, dict.fromkeys(("all", *demo.ENTITY_TYPES), score), 2000.0, 3000.0, 1)
-        append(path, [heads.row(result, seed, demo.FULL, 1)])
-    rows = heads.read(path, settings)
-    assert {(line["head"], int(line["seed"])) for line in rows} == {(head, seed) for head, seed, _ in runs}
-    assert heads.read(path, asdict(demo.QUICK)) == []
-    line = next(line for line in heads.table(rows) if line[0] == "entities, F1")
-    assert line[1:4] == ["0.5500 ± 0.2121", "0.7000 ± 0.2828", "0.7000 ± 0.1414"]
-    assert line[4:] == ["0.1500 ± 0.0707 (2 of 2)", "0.0000 ± 0.1414 (1 of 2)"]
-    assert "| " + " | ".join(line) + " |\n" in heads.page(rows, demo.FULL, "runs")
-    heads.plot(rows, tmp_path / "runs.png")
-    assert (tmp_path / "runs.png").stat().st_size > 10_000
