@@ -34,6 +34,7 @@ def edges(x: Tensors, emissions: Tensor, transitions: Tensor, start: Tensor, end
 def crf(x: Tensors, leaves: list[Tensor]) -> Any:
     import torch_struct
 
+    torch_struct.LinearChainCRF.arg_constraints = {}  # torch asks for them, and warns
     return torch_struct.LinearChainCRF(edges(x, *leaves), lengths=x["lengths"])
 
 
@@ -60,19 +61,37 @@ def plain_best(x: Tensors) -> Tensor:
     return chain_paths.viterbi_n_best(e, t, start, end, live, BEST)[1]
 
 
-def covered(x: Tensors, tags: Any) -> Tensors:
-    """How many steps a sample has: what its distribution is, is for the test suite."""
+def frequencies(x: Tensors, tags: Any) -> Tensors:
+    """How often each tag is at each step (B, T, K), whose errors are those of a hundred draws."""
     if tags.dim() == 5:
-        return {"steps": 1 + tags.double().sum((2, 3, 4)).T}
-    return {"steps": (tags >= 0).sum(2).double()}
+        pairs = tags.mean(0)
+        here = torch.cat((pairs[:, :1].sum(2), pairs.sum(3)), 1).double()
+    else:
+        here = torch.stack([(tags == k).double().mean(1) for k in range(x["transitions"].size(0))], 2)
+    return {"frequency": here}
 
 
 def true_samples(x: Tensors) -> Tensors:
-    return {"steps": x["lengths"].double().unsqueeze(1).expand(-1, SAMPLES)}
+    e, t, start, end, live = scores(x)
+    return {"frequency": ops.crf_marginals(e, t, start, end, live, backend="reference")}
 
 
 def plain_samples(x: Tensors) -> Tensor:
-    return torch.where(x["mask"], 0, -1).unsqueeze(1).expand(-1, SAMPLES, -1)
+    """Drawn backward in the inputs' dtype."""
+    e, t, start, end, live = scores(x)
+    alphas = [start + e[:, 0]]
+    for k in range(1, e.size(1)):
+        later = e[:, k] + (alphas[-1].unsqueeze(2) + t).logsumexp(1)
+        alphas.append(torch.where(live[:, k, None], later, alphas[-1]))
+    random = torch.Generator(e.device).manual_seed(0)
+    tags = torch.multinomial((alphas[-1] + end).softmax(1), SAMPLES, replacement=True, generator=random)
+    paths = [torch.where(live[:, -1:], tags, -1)]
+    for k in reversed(range(e.size(1) - 1)):
+        into = (alphas[k].unsqueeze(1) + t.mT[tags]).softmax(2).flatten(0, 1)
+        drawn = torch.multinomial(into, 1, generator=random).view_as(tags)
+        tags = torch.where(live[:, k + 1, None], drawn, tags)
+        paths.append(torch.where(live[:, k, None], tags, -1))
+    return torch.stack(paths[::-1], 2)
 
 
 def with_gradients(value: Tensor, wanted: list[Tensor]) -> Tensors:
@@ -176,7 +195,7 @@ ROOM = Room(
     inputs=chain.inputs,
     modes=(
         Mode("5 best", true_best, plain_best, best_work, path_scores),
-        Mode("100 samples", true_samples, plain_samples, samples_work, covered),
+        Mode("100 samples", true_samples, plain_samples, samples_work, frequencies),
         Mode("entropy", true_entropy, plain_entropy, chain.loss_work),
     ),
     providers=(
