@@ -83,12 +83,14 @@ class EmissionsLayer(ChainLayer):
 
 
 def positive(what: str, number: int) -> int:
+    name = what if what == "rank" else f"num_{what}"
     try:
         number = index(None if isinstance(number, bool) else number)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"num_{what} must be an integer, got {number!r}") from None
+        raise TypeError(f"{name} must be an integer, got {number!r}") from None
     if number <= 0:
-        raise ValueError(f"invalid number of {what}: {number}")
+        wrong = f"invalid number of {what}: {number}" if name != what else f"{name} must be at least 1, got {number}"
+        raise ValueError(wrong)
     return number
 
 

@@ -15,7 +15,7 @@ _SCHEMES = {"BIO": ("BI", "I", False), "BIOES": ("BI", "IE", True), "BMES": ("BM
 
 
 def tag_constraints(labels: Sequence[str], scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
-    """What a labelling scheme allows, for the `constraints` of `nn.CRF` and `nn.HMM`.
+    """What a labelling scheme allows, for the `constraints` of `nn.CRF`, `nn.MEMM` and `nn.HMM`.
 
     labels: the names of the K tags, in the order of their numbers: O, or a letter of the scheme alone or with a type
     behind a dash, "B-PER". Each once; O, types and any letter may be missing.
@@ -51,8 +51,11 @@ def tag_constraints(labels: Sequence[str], scheme: Scheme) -> tuple[Tensor, Tens
 
 def _parsed(labels: Sequence[str], scheme: str) -> list[tuple[str, str]]:
     """The letter and the type of each label."""
-    if isinstance(labels, str):
-        raise TypeError(f"labels must be a sequence of strings, got the string {labels!r}; use list(...)")
+    if not isinstance(labels, Sequence) or isinstance(labels, str):
+        mend = "; use list(...)" if isinstance(labels, str) else ""
+        mend = "; use sorted(labels, key=labels.get)" if isinstance(labels, dict) else mend
+        got = f"the string {labels!r}" if isinstance(labels, str) else type(labels).__name__
+        raise TypeError(f"labels must be a sequence of strings, in the order of their numbers, got {got}{mend}")
     letters = "".join(dict.fromkeys(scheme.replace("O", "")))
     tags: dict[tuple[str, str], int] = {}
     for position, label in enumerate(labels):

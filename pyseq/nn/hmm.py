@@ -77,7 +77,8 @@ class HMM(ChainLayer):
         observations, tags: (T, B), or (B, T) with `batch_first`, int64 or int32, in [0, V) and [0, K) at live steps:
         the whole corpus at once, whatever was there before is forgotten. mask: as they, bool or uint8, nonzero is live;
         None: all live. smoothing: added to each count, at least 0. Starts and pairs that are forbidden are not counted.
-        Without any count a distribution is uniform; without smoothing a symbol that no tag has is left unknown.
+        Without any count a distribution is uniform, over symbols that were seen or, with smoothing, over all; without
+        smoothing a symbol that no tag has is left unknown.
         Raises ValueError for a wrong shape, a value out of range and no live step; TypeError for a wrong dtype.
         Synchronises with the host. Not under FSDP2, whose parameters are parts: fit first.
 

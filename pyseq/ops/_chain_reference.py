@@ -180,7 +180,8 @@ def raise_bad_values(chain: Chain) -> None:
             b, t = bad[0].tolist()
             raise ValueError(
                 f"tags must lie in [0, {num_tags}) at live steps, got {int(chain.tags[b, t])} for sequence {b}, step "
-                f"{t}; mask the step out if it is padding, or tell nn.CRF with `ignored` what the label means"
+                f"{t}; mask the step out if it is padding, or give nn.CRF or nn.MEMM ignored='absent' or 'unknown' "
+                "for a label that is not known"
             )
 
 

@@ -287,16 +287,27 @@ def _ends(live: Tensor) -> tuple[Tensor, Tensor]:
 def _normalisers(f: Tensor, g: Tensor, h: float, wanted: Tensor) -> Tensor:
     """(B, T, C): log sum over tags j of exp h(f[j] + g[i, j]) for each context i of C, where wanted, else 0; +inf in
     place of -inf, of a context that nothing may follow."""
-    rows = f[wanted]
-    top, most = rows.amax(1, keepdim=True), g.amax(1)
-    total = (h * (rows - top)).exp() @ (h * (g - most.unsqueeze(1))).exp().mT  # a product where nothing underflows
-    if rows.is_cpu and not traced() and not f.requires_grad and not g.requires_grad and bool((total > SMALL).all()):
-        found = total.log() + h * (top + most)
+    chosen = f.is_cpu and not traced()  # elsewhere choosing waits for the device, or breaks the graph
+    found: Tensor | None
+    if traced():  # in one piece, for a compiler to fuse
+        found = _logsumexp(h * (f.unsqueeze(2) + g), 3)
     else:
-        parts = rows.split(max(MOST // max(g.numel(), 1), 1))
-        found = torch.cat([_logsumexp(h * (some.unsqueeze(1) + g), 2) for some in parts])
+        rows = f[wanted] if chosen else f.flatten(0, 1)
+        found = _sums_of(rows, g, h) if chosen and not f.requires_grad and not g.requires_grad else None
+        if found is None:
+            parts = rows.split(max(MOST // max(g.numel(), 1), 1))
+            found = torch.cat([_logsumexp(h * (some.unsqueeze(1) + g), 2) for some in parts])
     found = torch.where(found == -torch.inf, torch.inf, found)
-    return f.new_zeros(*f.shape[:2], len(g)).index_put((wanted,), found)
+    if chosen:
+        return f.new_zeros(*f.shape[:2], len(g)).index_put((wanted,), found)
+    return torch.where(wanted.unsqueeze(2), found.view(*f.shape[:2], len(g)), 0.0)
+
+
+def _sums_of(rows: Tensor, g: Tensor, h: float) -> Tensor | None:
+    """The same by one product, unless something underflows."""
+    top, most = rows.amax(1, keepdim=True), g.amax(1)
+    total = (h * (rows - top)).exp() @ (h * (g - most.unsqueeze(1))).exp().mT
+    return total.log() + h * (top + most) if bool((total > SMALL).all()) else None
 
 
 def _moved(x: Tensor, live: Tensor, by: int) -> Tensor:

@@ -46,6 +46,9 @@ def crf_sample(
     tensor([[0, 0, 0]])
     """
     _check.positive("num_samples", num_samples)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        mend = "for a seed torch.Generator().manual_seed(...)"
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}; {mend}")
     chain = _checked(Chain(emissions, transitions, start, end, None, mask, lengths), allowed=allowed)
     device = chain.emissions.device if generator is None else generator.device
     bounds = torch.iinfo(torch.int64)

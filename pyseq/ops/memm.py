@@ -65,10 +65,10 @@ def memm_nll(
     over finite scores. token_weight (B, T): of each step. No gradient for these, and none of them beside allowed.
     Returns (B,) in nats, float64 for float64 emissions, else float32; +inf, with zero gradient, for a path with a score
     of -inf. Differentiable in emissions and transitions; the second derivative runs in the reference.
-    Raises ValueError for a wrong shape, device or word, unless one of tags and allowed is given, for mask beside
-    lengths, for a tag or length out of range (on
-    the CPU in eager mode or with PYSEQ_CHECK=1; elsewhere its sequence becomes NaN) and for a backend that cannot
-    serve; TypeError for a wrong dtype or something that is no dense tensor.
+    Raises ValueError for a wrong shape, device or word, for both or neither of tags and allowed, for mask beside
+    lengths, for a weight that wants a gradient, for a tag or length out of range (on the CPU in eager mode or with
+    PYSEQ_CHECK=1; elsewhere its sequence becomes NaN) and for a backend that cannot serve; TypeError for a wrong dtype
+    or something that is no dense tensor.
     Time O(B T K), O(B T K d) with a pair; memory O(B T K) for the gradient, and no more than some steps' logits.
     Source: McCallum, Freitag and Pereira 2000, "Maximum Entropy Markov Models".
 
@@ -85,10 +85,14 @@ def memm_nll(
         memm = _checked(Memm(emissions, left, right, _no_tags(emissions), mask, lengths))
         sides = [(True, False)] * forward + [(False, True)] * backward
         chains = [_adjusted(memm, *side, halved, backend) for side in sides]
-        losses = [-crf_log_partition(*chain, allowed=allowed, backend=backend) for chain in chains]
+        losses = [(-crf_log_partition(*chain, allowed=allowed, backend=backend)).clamp(min=0) for chain in chains]
         return (sum(losses[1:], losses[0]) / len(losses)).to(memm.transitions.dtype)
     memm = _checked(Memm(emissions, left, right, tags, mask, lengths, weight, token_weight))
-    if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing <= 1:
+    for name, x in (("weight", weight), ("token_weight", token_weight)):
+        if torch.is_grad_enabled() and x is not None and x.requires_grad:
+            raise ValueError(f"memm_nll has no gradient for {name}, which requires one: pass {name}.detach()")
+    number = isinstance(label_smoothing, (int, float)) and not isinstance(label_smoothing, bool)
+    if not number or not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
     options = Options(forward, backward, halved, float(label_smoothing), False, "auto")
     return _memm.nll(memm, options, backend)
@@ -144,8 +148,8 @@ def memm_marginals(
 ) -> Tensor:
     """Posterior probability of each tag at each step, of a MEMM of one direction.
 
-    emissions, transitions, mask, lengths, variant: as for `memm_nll`. direction: "forward" or "backward"; the mean of
-    both losses is no distribution over paths, so "both" raises ValueError.
+    emissions, transitions, mask, lengths, variant: as for `memm_nll`. direction: "forward", the default here, or
+    "backward"; the mean of both losses is no distribution over paths, so "both" raises ValueError.
     Returns (B, T, K), float64 for float64 emissions, else float32; rows sum to 1 at live steps, and are 0 at absent
     ones. Differentiable. Raises as `memm_nll`. Time O(B T K^2), memory O(B T K + K^2), also with a pair.
 
@@ -154,7 +158,8 @@ def memm_marginals(
     """
     if direction == "both":
         raise ValueError(
-            "marginals are of one direction, 'forward' or 'backward': the mean of both losses is no likelihood"
+            "marginals are of one direction, and the mean of both losses is no likelihood: ask for direction='forward' "
+            "or 'backward' (ops.memm_marginals takes a layer's transitions)"
         )
     left, right = _pair(transitions)
     memm = _checked(Memm(emissions, left, right, _no_tags(emissions), mask, lengths))
@@ -181,8 +186,11 @@ def _no_tags(emissions: object) -> Tensor:
 def _pair(transitions: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
     if isinstance(transitions, Tensor):
         return transitions, None
-    if not isinstance(transitions, (tuple, list)) or len(transitions) != 2:
+    if not isinstance(transitions, (tuple, list)):
         raise TypeError(f"transitions must be a tensor or a pair of them, got {type(transitions).__name__}")
+    found = f"{type(transitions).__name__} of {', '.join(type(x).__name__ for x in transitions) or 'nothing'}"
+    if len(transitions) != 2 or not all(isinstance(x, Tensor) for x in transitions):
+        raise TypeError(f"transitions must be a tensor or a pair of them, got a {found}")
     return transitions[0], transitions[1]
 
 

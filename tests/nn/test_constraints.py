@@ -57,8 +57,15 @@ def test_schemes_by_hand(scheme: Scheme, names: str) -> None:
         ([""], "BIO", ValueError, "BIO has no label ''"),
         (["O", "B-X", "O"], "BIO", ValueError, "label 'O' is at position 2 and at 0; name each tag once"),
         ([], "BIO", ValueError, "labels must not be empty"),
-        ("BI", "BIO", TypeError, "labels must be a sequence of strings, got the string 'BI'; use list(...)"),
-        ({0: "O"}, "BIO", TypeError, "labels must be strings, got 0 at position 0"),
+        (
+            "BI",
+            "BIO",
+            TypeError,
+            "labels must be a sequence of strings, in the order of their numbers, got the string 'BI'; use list(...)",
+        ),
+        ({"B-X": 1, "O": 0}, "BIO", TypeError, "got dict; use sorted(labels, key=labels.get)"),
+        (None, "BIO", TypeError, "got NoneType"),
+        ([0, "O"], "BIO", TypeError, "labels must be strings, got 0 at position 0"),
     ],
 )
 def test_labels_outside_the_scheme(labels: Any, scheme: Any, error: type[Exception], message: str) -> None:

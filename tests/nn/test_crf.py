@@ -264,7 +264,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"tags": LABELS.float()}, TypeError, "got torch.float32"),
     ({"tags": LABELS.to("meta")}, ValueError, "tags is on meta"),
     ({"reduction": "total"}, ValueError, "invalid reduction: total"),
-    ({}, ValueError, "tell nn.CRF with `ignored` what the label means"),
+    ({}, ValueError, "give nn.CRF or nn.MEMM ignored='absent' or 'unknown' for a label"),
     ({"ignored": "absent", "ignore_index": 1}, ValueError, "got -100 for sequence 1, step 0"),
     ({"ignored": "unknown", "ignore_index": 1}, ValueError, "got -100 for sequence 1, step 0"),
     ({"ignored": "maybe"}, ValueError, "ignored must be None, 'absent' or 'unknown', got 'maybe'"),

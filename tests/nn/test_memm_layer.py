@@ -147,8 +147,8 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_tags": 0}, ValueError, "invalid number of tags: 0"),
-    ({"rank": 0}, ValueError, "invalid number of rank: 0"),
-    ({"rank": "2"}, TypeError, "num_rank must be an integer, got '2'"),
+    ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
+    ({"rank": "2"}, TypeError, "^rank must be an integer, got '2'"),
     ({"direction": "up"}, ValueError, "direction must be 'both', 'forward' or 'backward', got 'up'"),
     ({"variant": "half"}, ValueError, "variant must be 'sum' or 'mean', got 'half'"),
 ]

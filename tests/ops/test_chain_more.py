@@ -269,6 +269,8 @@ def test_n_best_words() -> None:
             call(ops.viterbi, problem, "auto", n_best=bad)
         with pytest.raises(error, match="num_samples must be"):
             call(ops.crf_sample, problem, "auto", num_samples=bad)
+    with pytest.raises(TypeError, match=r"generator must be a torch\.Generator, got int; for a seed"):
+        call(ops.crf_sample, problem, "auto", generator=3)
     reason = "there is no triton kernel for n-best"
     with pytest.raises(ValueError, match=reason):
         call(ops.viterbi, problem, "triton", n_best=2)

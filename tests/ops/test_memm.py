@@ -171,6 +171,44 @@ def test_contract(backend: Any) -> None:
         torch.func.vmap(lambda f: ops.memm_nll(f, torch.zeros(4, 4), p.tags, backend=backend))(torch.zeros(2, 2, 3, 4))
 
 
+@pytest.mark.parametrize("kind", range(6))
+def test_decoding_in_one_graph(kind: int) -> None:
+    """Compiled and exported: paths, marginals with gradients, and sums over what is allowed."""
+    p = problem(3, 5, 4, kind, torch.float64)
+    f, g = p.scores
+    way: Any = {"lengths": p.lengths, "direction": p.direction, "variant": p.variant}
+    allowed = torch.rand(3, 5, 4, generator=torch.Generator().manual_seed(kind)) < 0.7
+    one_way = way | {"direction": "backward" if p.direction == "both" else p.direction}
+
+    class Everything(torch.nn.Module):
+        def forward(self, f: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            best = ops.memm_viterbi(f, g, p.mask, **way, n_best=2)
+            marginals = ops.memm_marginals(f, g, p.mask, **one_way)
+            return *best, marginals, ops.memm_nll(f, g, None, p.mask, **way, allowed=allowed)
+
+    run = Everything()
+    right = run(f)
+    torch.compiler.reset()
+    for call in (torch.compile(run, fullgraph=True, backend="aot_eager"), torch.export.export(run, (f,)).module()):
+        torch.testing.assert_close(call(f), right)
+    assert (right[3] >= 0).all()
+    x = f.clone().requires_grad_()
+    grads: list[torch.Tensor] = []
+    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        marginals, loss = call(x)[2:]
+        finite = torch.where(loss.isfinite(), loss, 0.0).sum()
+        grads += torch.autograd.grad((marginals * f).sum() + finite, x)
+    torch.testing.assert_close(*grads)
+
+
+def test_weights_have_no_gradient() -> None:
+    f, g, tags, w = torch.zeros(2, 3, 4), torch.zeros(4, 4), torch.zeros(2, 3, dtype=torch.int64), torch.ones(4)
+    with pytest.raises(ValueError, match=r"no gradient for weight, which requires one: pass weight.detach\(\)"):
+        ops.memm_nll(f, g, tags, weight=w.requires_grad_())
+    with torch.no_grad():
+        assert ops.memm_nll(f, g, tags, weight=w).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("direction", "variant"), [*itertools.product(("both", "forward", "backward"), ("sum", "mean"))]
 )
@@ -253,7 +291,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"right must have shape \(tags, rank\) = \(4, 2\)",
     ),
-    ({"transitions": [torch.zeros(4, 2)]}, TypeError, "transitions must be a tensor or a pair of them, got list"),
+    ({"transitions": [torch.zeros(4, 2)]}, TypeError, "must be a tensor or a pair of them, got a list of Tensor"),
     ({"direction": "forwards"}, ValueError, "direction must be 'both', 'forward' or 'backward', got 'forwards'"),
     ({"variant": "half"}, ValueError, "variant must be 'sum' or 'mean', got 'half'"),
     ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be a number in \[0, 1\], got 1.5"),
