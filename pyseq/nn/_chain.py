@@ -56,11 +56,11 @@ class ChainLayer(nn.Module):
             mask = mask != 0
         return None if mask is None else self._batched(mask)
 
-    def _infer(self, chain: Chain, compute: str, n_best: int | None) -> Any:
+    def _infer(self, chain: Chain, compute: str, n_best: int | None, allowed: Tensor | None = None) -> Any:
         """What "marginals", "viterbi" or "decode" are to give."""
         if compute == "marginals":
             return self._batched(ops.crf_marginals(*chain))
-        scores, paths = ops.viterbi(*chain, n_best=n_best)
+        scores, paths = ops.viterbi(*chain, allowed=allowed, n_best=n_best)
         if compute == "decode":
             return live_paths(scores, paths, chain[4], n_best)
         return scores, paths if n_best else self._batched(paths)
@@ -68,6 +68,21 @@ class ChainLayer(nn.Module):
 
 class EmissionsLayer(ChainLayer):
     """A layer over an encoder's emissions."""
+
+    def _sets(
+        self, allowed: Tensor | None, emissions: Tensor, tags: Tensor | None, ignored: str | None, compute: str
+    ) -> Tensor | None:
+        """(B, T, K)."""
+        if allowed is None:
+            return None
+        if tags is not None:
+            raise ValueError("tags and allowed say the same thing: give one of them, and None for the other")
+        if ignored is not None:
+            raise ValueError(f"ignored={ignored!r} is for tags, which allowed takes the place of; leave it out")
+        if compute == "marginals":
+            raise TypeError("compute='marginals' takes no allowed; the loss, 'viterbi' and 'decode' do")
+        matching("allowed", allowed, tuple(dense("emissions", emissions).shape), "dimensions of emissions")
+        return self._batched(allowed)
 
     def _validate(self, emissions: Tensor, tags: Tensor | None, mask: Tensor | None, tagged: bool) -> None:
         dense("emissions", emissions)

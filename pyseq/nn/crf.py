@@ -78,6 +78,7 @@ class CRF(EmissionsLayer):
         *,
         ignore_index: int = -100,
         ignored: Ignored | None = None,
+        allowed: Tensor | None = None,
         compute: Compute = "log_likelihood",
         n_best: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor] | list[list[Any]]:
@@ -88,6 +89,7 @@ class CRF(EmissionsLayer):
         reduction: "none" gives (B,); "sum", the default for every `compute`, adds over sequences; "mean" divides that
         by B, "token_mean" by the number of live steps.
         ignored: what the label `ignore_index` means at a live step, "absent" or "unknown"; None: it is out of range.
+        allowed: as emissions, bool, in place of tags (None), the tags that each step may have.
         compute: "log_likelihood", or the method whose result is wanted for these arguments: "nll", "viterbi", "decode"
         or "marginals"; the last three take no tags. n_best: as `viterbi` and `decode` take it.
         Returns float64 where emissions or parameters are float64, else float32; -inf, with zero gradient, for a
@@ -102,22 +104,25 @@ class CRF(EmissionsLayer):
         1.0
         """
         check_compute(compute, _WITH_TAGS, tags, n_best)
-        self._validate(emissions, tags, mask, compute in _WITH_TAGS)
+        sets = self._sets(allowed, emissions, tags, ignored, compute)
+        self._validate(emissions, tags, mask, compute in _WITH_TAGS and sets is None)
         given = self._chain(emissions, mask)
-        if tags is not None:
-            nll = _nll(given, self._batched(tags), reduction, ignore_index, ignored)
+        if compute in _WITH_TAGS:
+            labels = None if tags is None else self._batched(tags)
+            nll = _nll(given, labels, sets, reduction, ignore_index, ignored)
             return nll if compute == "nll" else -nll
-        return self._infer(given, compute, n_best)  # type: ignore[no-any-return]
+        return self._infer(given, compute, n_best, sets)  # type: ignore[no-any-return]
 
     def nll(
         self,
         emissions: Tensor,
-        tags: Tensor,
+        tags: Tensor | None,
         mask: Tensor | None = None,
         reduction: Reduction = "mean",
         *,
         ignore_index: int = -100,
         ignored: Ignored | None = None,
+        allowed: Tensor | None = None,
     ) -> Tensor:
         """Negative log-likelihood of the tags, in nats: a loss, at least 0.
 
@@ -129,6 +134,8 @@ class CRF(EmissionsLayer):
         "absent": the step is masked out, also for "token_mean". "unknown": some tag, nobody knows which; the loss sums
         over all of them: log Z minus log Z over the paths that agree with the known labels, at twice the time and two
         more tensors of the size of the emissions.
+        allowed: as emissions, bool, in place of tags (None): the tags that each step may have; log Z minus log Z over
+        them, +inf where there is no such path.
         Returns float64 where emissions or parameters are float64, else float32; +inf, with zero gradient, for a
         sequence whose tags are forbidden. Differentiable twice.
         Raises ValueError, in the words of `torchcrf.CRF`, for a wrong shape or reduction, before any value is looked
@@ -139,15 +146,23 @@ class CRF(EmissionsLayer):
         >>> crf.nll(torch.zeros(1, 2, 1), torch.tensor([[0, 0]])).item()
         0.0
         """
-        options: dict[str, Any] = {"ignore_index": ignore_index, "ignored": ignored, "compute": "nll"}
+        options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "ignored": ignored,
+            "allowed": allowed,
+            "compute": "nll",
+        }
         return self._call(emissions, tags, mask, reduction, **options)  # type: ignore[no-any-return]
 
-    def decode(self, emissions: Tensor, mask: Tensor | None = None, *, n_best: int | None = None) -> list[list[Any]]:
+    def decode(
+        self, emissions: Tensor, mask: Tensor | None = None, *, n_best: int | None = None, allowed: Tensor | None = None
+    ) -> list[list[Any]]:
         """The best tags of each sequence's live steps, as B lists; all -1 where no path is feasible.
 
         emissions: (T, B, K), or (B, T, K) with `batch_first`; float32, float64, bfloat16 or float16. mask: (T, B) or
         (B, T), bool or uint8, nonzero is live; None: all live. Ties go to the lowest tag, from the last step backwards.
         n_best: N, for B lists of the N best paths, best first; fewer, perhaps none, where no more are feasible.
+        allowed: as emissions, bool, the tags that each step may have.
         Copies to the host; `viterbi` does not.
         Raises ValueError, in the words of `torchcrf.CRF`, for a wrong shape, for tensors on different devices, and for
         n_best below 1; TypeError for a wrong dtype.
@@ -157,10 +172,11 @@ class CRF(EmissionsLayer):
         >>> CRF(2, batch_first=True).decode(torch.tensor([[[0.0, 1.0]]]), n_best=3)  # there are two paths
         [[[1], [0]]]
         """
-        return self._call(emissions, None, mask, compute="decode", n_best=n_best)  # type: ignore[no-any-return]
+        options: dict[str, Any] = {"compute": "decode", "n_best": n_best, "allowed": allowed}
+        return self._call(emissions, None, mask, **options)  # type: ignore[no-any-return]
 
     def viterbi(
-        self, emissions: Tensor, mask: Tensor | None = None, *, n_best: int | None = None
+        self, emissions: Tensor, mask: Tensor | None = None, *, n_best: int | None = None, allowed: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The best path and its score, or the N best.
 
@@ -171,13 +187,15 @@ class CRF(EmissionsLayer):
         lowest tag, from the last step backwards. Not differentiable.
         n_best: N, for scores (B, N), not increasing, and tags (B, N, T) of different paths, in this order whatever
         `batch_first` is; -inf and -1 where no more are feasible.
+        allowed: as emissions, bool, the tags that each step may have.
         Raises ValueError, in the words of `torchcrf.CRF`, for a wrong shape, for tensors on different devices, and for
         n_best below 1; TypeError for a wrong dtype.
 
         >>> CRF(3, batch_first=True).viterbi(torch.eye(3).unsqueeze(0))[1]
         tensor([[0, 1, 2]])
         """
-        return self._call(emissions, None, mask, compute="viterbi", n_best=n_best)  # type: ignore[no-any-return]
+        options: dict[str, Any] = {"compute": "viterbi", "n_best": n_best, "allowed": allowed}
+        return self._call(emissions, None, mask, **options)  # type: ignore[no-any-return]
 
     def marginals(self, emissions: Tensor, mask: Tensor | None = None) -> Tensor:
         """Posterior probability of each tag at each step.
@@ -207,11 +225,21 @@ class CRF(EmissionsLayer):
         return self._batched(emissions), transitions, start, end, self._live(mask)
 
 
-def _nll(given: Chain, tags: Tensor, reduction: Reduction, ignore_index: int, ignored: Ignored | None) -> Tensor:
+def _nll(
+    given: Chain,
+    tags: Tensor | None,
+    allowed: Tensor | None,
+    reduction: Reduction,
+    ignore_index: int,
+    ignored: Ignored | None,
+) -> Tensor:
     check_reduction(reduction)
     check_ignored(ignore_index, ignored)
     emissions, transitions, start, end, mask = given
     summed = "sum" if reduction == "token_mean" else reduction
+    if tags is None:
+        nll = ops.crf_nll(emissions, transitions, None, start, end, mask, allowed=allowed, reduction=summed)
+        return nll / steps(mask, emissions) if reduction == "token_mean" else nll
     if ignored is not None:
         known = tags != ignore_index
         labelled = known if mask is None else known & mask

@@ -17,6 +17,7 @@ from pyseq.nn._chain import (
     forbid,
     live_paths,
     positive,
+    reduced,
     steps,
 )
 from pyseq.nn.constraints import Constraints
@@ -82,6 +83,7 @@ class MEMM(EmissionsLayer):
         *,
         ignore_index: int = -100,
         ignored: Ignored | None = None,
+        allowed: Tensor | None = None,
         compute: Compute = "log_likelihood",
         n_best: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor] | list[list[Any]]:
@@ -92,15 +94,19 @@ class MEMM(EmissionsLayer):
         1.0
         """
         check_compute(compute, _WITH_TAGS, tags, n_best)
-        self._validate(emissions, tags, mask, compute in _WITH_TAGS)
+        sets = self._sets(allowed, emissions, tags, ignored, compute)
+        self._validate(emissions, tags, mask, compute in _WITH_TAGS and sets is None)
         live = self._live(mask)
         given = self._batched(emissions)
         given = given.double() if next(self.parameters()).dtype == torch.float64 else given
         scores, words = self._transitions(), {"direction": self.direction, "variant": self.variant}
-        if tags is not None:
-            tags = self._batched(tags)
+        if compute in _WITH_TAGS:
             check_reduction(reduction)
             check_ignored(ignore_index, ignored)
+            if tags is None:
+                loss = ops.memm_nll(self._bounded(given, live), scores, None, live, allowed=sets, **words)  # type: ignore[arg-type]
+                return self._reduced(loss, live, given, reduction, compute)
+            tags = self._batched(tags)
             known = tags != ignore_index
             labelled = known if live is None else known & live
             if ignored == "unknown":
@@ -112,13 +118,11 @@ class MEMM(EmissionsLayer):
             else:
                 live = labelled if ignored == "absent" else live
                 loss = ops.memm_nll(self._bounded(given, live), scores, tags, live, **words)  # type: ignore[arg-type]
-            loss = loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
-            loss = loss / steps(live, tags) if reduction == "token_mean" else loss
-            return loss if compute == "nll" else -loss
+            return self._reduced(loss, live, tags, reduction, compute)
         given = self._bounded(given, live)
         if compute == "marginals":
             return self._batched(ops.memm_marginals(given, scores, live, **words))  # type: ignore[arg-type]
-        best, paths = ops.memm_viterbi(given, scores, live, **words, n_best=n_best)  # type: ignore[arg-type]
+        best, paths = ops.memm_viterbi(given, scores, live, **words, allowed=sets, n_best=n_best)  # type: ignore[arg-type]
         if compute == "decode":
             return live_paths(best, paths, live, n_best)
         return best, paths if n_best else self._batched(paths)
@@ -126,40 +130,52 @@ class MEMM(EmissionsLayer):
     def nll(
         self,
         emissions: Tensor,
-        tags: Tensor,
+        tags: Tensor | None,
         mask: Tensor | None = None,
         reduction: Reduction = "mean",
         *,
         ignore_index: int = -100,
         ignored: Ignored | None = None,
+        allowed: Tensor | None = None,
     ) -> Tensor:
         """Loss of the tags, in nats, `ops.memm_nll`: at least 0, +inf for forbidden ones. Arguments as in `CRF.nll`;
-        with ignored="unknown" the mean over directions of minus the log of the probability of all paths that agree.
+        with ignored="unknown", and with allowed in place of tags, the mean over directions of minus the log of the
+        probability of all paths that agree.
 
         >>> memm = MEMM(1, batch_first=True)  # with one tag there is one path
         >>> memm.nll(torch.zeros(1, 2, 1), torch.tensor([[0, 0]])).item()
         0.0
         """
-        options: dict[str, Any] = {"ignore_index": ignore_index, "ignored": ignored, "compute": "nll"}
+        options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "ignored": ignored,
+            "allowed": allowed,
+            "compute": "nll",
+        }
         return self._call(emissions, tags, mask, reduction, **options)  # type: ignore[no-any-return]
 
-    def decode(self, emissions: Tensor, mask: Tensor | None = None, *, n_best: int | None = None) -> list[list[Any]]:
-        """The tags with the least loss of each sequence's live steps, exactly, as B lists; as `CRF.decode`.
+    def decode(
+        self, emissions: Tensor, mask: Tensor | None = None, *, n_best: int | None = None, allowed: Tensor | None = None
+    ) -> list[list[Any]]:
+        """The tags with the least loss of each sequence's live steps, exactly, as B lists; as `CRF.decode`. allowed
+        leaves the normalisers those of all tags.
 
         >>> MEMM(3, batch_first=True).decode(torch.eye(3).unsqueeze(0))
         [[0, 1, 2]]
         """
-        return self._call(emissions, None, mask, compute="decode", n_best=n_best)  # type: ignore[no-any-return]
+        options: dict[str, Any] = {"compute": "decode", "n_best": n_best, "allowed": allowed}
+        return self._call(emissions, None, mask, **options)  # type: ignore[no-any-return]
 
     def viterbi(
-        self, emissions: Tensor, mask: Tensor | None = None, *, n_best: int | None = None
+        self, emissions: Tensor, mask: Tensor | None = None, *, n_best: int | None = None, allowed: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The path with the least loss, exactly, and minus that loss; as `CRF.viterbi`.
 
         >>> MEMM(3, batch_first=True).viterbi(torch.eye(3).unsqueeze(0))[1]
         tensor([[0, 1, 2]])
         """
-        return self._call(emissions, None, mask, compute="viterbi", n_best=n_best)  # type: ignore[no-any-return]
+        options: dict[str, Any] = {"compute": "viterbi", "n_best": n_best, "allowed": allowed}
+        return self._call(emissions, None, mask, **options)  # type: ignore[no-any-return]
 
     def marginals(self, emissions: Tensor, mask: Tensor | None = None) -> Tensor:
         """Posterior probability of each tag at each step, as `CRF.marginals`; ValueError for both directions, whose
@@ -173,6 +189,14 @@ class MEMM(EmissionsLayer):
     def _call(self, *args: Any, **options: Any) -> Any:
         """Through `__call__`, but past a subclass's own forward, which may know nothing of `compute`."""
         return self(*args, **options) if type(self).forward is MEMM.forward else MEMM.forward(self, *args, **options)
+
+    def _reduced(
+        self, loss: Tensor, live: Tensor | None, like: Tensor, reduction: Reduction, compute: Compute
+    ) -> Tensor:
+        """like: of a batch, (B, T) or more."""
+        loss = reduced(loss, reduction)
+        loss = loss / steps(live, like) if reduction == "token_mean" else loss
+        return loss if compute == "nll" else -loss
 
     def _transitions(self) -> Tensor | tuple[Tensor, Tensor]:
         return (self.left, self.right) if hasattr(self, "left") else forbid(self.transitions, self._allowed[1])

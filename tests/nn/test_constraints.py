@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyseq.nn import CRF, HMM, tag_constraints
+from pyseq.nn import CRF, HMM, MEMM, tag_constraints
 from pyseq.nn.constraints import Constraints, Scheme
 
 ROOM = "chain"
@@ -220,7 +220,7 @@ def test_n_best_goes_through_hooks() -> None:
     crf.register_forward_hook(lambda module, args, kwargs, output: seen.append(kwargs), with_kwargs=True)
     crf.decode(torch.zeros(1, 2, K), n_best=2)
     crf.viterbi(torch.zeros(1, 2, K), n_best=2)
-    assert seen == [{"compute": "decode", "n_best": 2}, {"compute": "viterbi", "n_best": 2}]
+    assert seen == [{"compute": "decode", "n_best": 2, "allowed": None}, {"compute": "viterbi", "n_best": 2}]
 
 
 ONES = torch.ones(K, dtype=torch.bool)
@@ -325,3 +325,45 @@ def test_compile_fullgraph() -> None:
     torch.testing.assert_close(found, wanted)
     grads = [torch.autograd.grad(loss, [*crf.parameters()]) for loss, _ in (found, wanted)]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("constrained", [False, True])
+@pytest.mark.parametrize("head", [CRF, MEMM])
+def test_sets_of_tags(head: Any, constrained: bool, batch_first: bool) -> None:
+    """In place of tags: what "unknown" labels say, in the loss and in decoding, which keeps to them."""
+    labels = ["O", "B", "I"]
+    layer = head(3, batch_first, constraints=tag_constraints(labels, "BIO") if constrained else None)
+    f, tags = torch.randn(4, 6, 3), torch.tensor([[0, 1, 2, 0, 1, 2]]).repeat(4, 1)
+    mask = torch.rand(4, 6) < 0.8
+    unknown = torch.rand(4, 6) < 0.5
+    allowed = unknown.unsqueeze(2) | (torch.arange(3) == tags.unsqueeze(2))
+    labelled = torch.where(unknown, -100, tags)
+    f, tags, mask, allowed, labelled = (
+        x if batch_first else x.transpose(0, 1) for x in (f, tags, mask, allowed, labelled)
+    )
+    for reduction in ("none", "sum", "mean", "token_mean"):
+        right = layer.nll(f, labelled, mask, reduction, ignored="unknown")
+        torch.testing.assert_close(layer.nll(f, None, mask, reduction, allowed=allowed), right)
+        torch.testing.assert_close(layer(f, None, mask, reduction, allowed=allowed), -right)
+    every = torch.ones_like(allowed)
+    assert layer.nll(f, None, mask, "sum", allowed=every).abs() < 1e-5
+    assert layer.nll(f, None, mask, "none", allowed=~every).isinf().tolist() == mask.any(int(batch_first)).tolist()
+    best, path = layer.viterbi(f, mask, allowed=allowed)
+    assert (allowed.gather(2, path.clamp(min=0).unsqueeze(2)).squeeze(2) | ~mask)[path >= 0].all()
+    scores = layer.viterbi(f, mask, n_best=3, allowed=allowed)[0]
+    torch.testing.assert_close(scores[:, 0], best)
+    assert (best <= layer.viterbi(f, mask)[0] + 1e-5).all()
+    lines = layer.decode(f, mask, allowed=allowed)
+    rows = zip(path if batch_first else path.T, mask if batch_first else mask.T, strict=True)
+    assert lines == [tags[live].tolist() for tags, live in rows]
+    for options, error, message in (
+        ({"tags": tags, "allowed": allowed}, ValueError, "give one of them, and None for the other"),
+        ({"tags": None, "allowed": allowed[:2]}, ValueError, "the dimensions of emissions and allowed must match"),
+        ({"tags": None, "allowed": allowed.float()}, TypeError, "allowed must be of dtype torch.bool"),
+        ({"tags": None, "allowed": allowed, "ignored": "absent"}, ValueError, "ignored='absent' is for tags"),
+        ({"tags": None, "allowed": allowed, "compute": "marginals"}, TypeError, "takes no allowed"),
+        ({"tags": None}, TypeError, "tags must be a tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            layer(f, mask=mask, **options)
