@@ -220,7 +220,10 @@ def test_n_best_goes_through_hooks() -> None:
     crf.register_forward_hook(lambda module, args, kwargs, output: seen.append(kwargs), with_kwargs=True)
     crf.decode(torch.zeros(1, 2, K), n_best=2)
     crf.viterbi(torch.zeros(1, 2, K), n_best=2)
-    assert seen == [{"compute": "decode", "n_best": 2, "allowed": None}, {"compute": "viterbi", "n_best": 2}]
+    assert seen == [
+        {"compute": "decode", "n_best": 2, "allowed": None},
+        {"compute": "viterbi", "n_best": 2, "allowed": None},
+    ]
 
 
 ONES = torch.ones(K, dtype=torch.bool)
