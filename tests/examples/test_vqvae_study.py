@@ -10,7 +10,14 @@ import torch
 ROOM = "models"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FACTS = {"threads": "1", "machine": "m", "torch": "t", "date": "d"}
-SETTINGS = {"preset": "p", "every": "1", "epochs": "40", "digit_epochs": "20", "prior_epochs": "30"}
+SETTINGS = {
+    "preset": "p",
+    "every": "1",
+    "epochs": "40",
+    "digit_epochs": "20",
+    "prior_epochs": "30",
+    "tile_prior_epochs": "8",
+}
 
 
 @pytest.fixture
