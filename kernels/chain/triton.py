@@ -192,7 +192,9 @@ def sample(sampling: Sampling, check: bool, paths: Tensor) -> int:
     blocks = {"K": num_tags, "BS": TOGETHER, "BK": abreast, "num_warps": max(abreast // 16, 1)}
     grid = (batch, triton.cdiv(count, TOGETHER))
     with _launching(emissions):
-        path_filter_kernel[(batch,)](*given, row, steps, alpha, found, time, **sizes, **OPTIONS)
+        path_filter_kernel[(batch,)](
+            *given, row, steps, alpha, found, time, **sizes, **registers(c.num_warps), **OPTIONS
+        )
         path_draw_kernel[grid](seed, into, alpha, found, steps, paths, time, count, **blocks, **OPTIONS)
     return OK
 
