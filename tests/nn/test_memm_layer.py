@@ -173,3 +173,31 @@ def test_bad_calls() -> None:
         memm(f, tags, mask, compute="score")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ignored must be None, 'absent' or 'unknown', got 'gone'"):
         memm(f, tags, mask, ignored="gone")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("direction", ["both", "forward", "backward"])
+def test_ends_are_those_of_live_steps(direction: Any) -> None:
+    """What constraints forbid first and last is -inf in the emissions there, of each sequence's own live steps."""
+    torch.manual_seed(2)
+    start, end = torch.tensor([True, False, True, True]), torch.tensor([True, True, False, True])
+    f, tags, mask = batch()
+    f[..., 1:3] += 5.0  # what is forbidden would be likely
+    tags = torch.where(tags % 3 == 0, tags, 3)
+    count = mask.cumsum(1)
+    first, last = mask & (count == 1), mask & (count == count[:, -1:])
+    forbidden = (first.unsqueeze(2) & ~start) | (last.unsqueeze(2) & ~end)
+    for given, away in (((start, None, end), forbidden), ((None, None, end), last.unsqueeze(2) & ~end)):
+        layer = made(direction=direction, constraints=given)
+        plain = made(direction=direction)
+        right = plain.nll(f.masked_fill(away, -torch.inf), tags, mask, "none")
+        assert right.isfinite().all()
+        torch.testing.assert_close(layer.nll(f, tags, mask, "none"), right, rtol=0, atol=0)
+        path = layer.viterbi(f, mask)[1]
+        assert not away.gather(2, path.clamp(min=0).unsqueeze(2)).any()
+
+
+def test_losses_of_every_path_are_no_less_than_zero() -> None:
+    f, ignored = torch.randn(50, 6, K), torch.full((50, 6), -100)
+    losses = made().nll(f, ignored, reduction="none", ignored="unknown")
+    assert (losses >= 0).all()
+    torch.testing.assert_close(losses, torch.zeros(50), rtol=0, atol=1e-5)
