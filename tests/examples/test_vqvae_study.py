@@ -36,6 +36,7 @@ def fabricated(study: ModuleType, gain: float) -> Iterator[dict[str, str]]:
         psnr = 30 - gain * (name in (study.GRADIENT, study.BICUBIC)) + gain * (name == study.UNQUANTISED)
         code = 2.0 + gain * (name == study.CONVOLUTION)
         numbers = dict.fromkeys(study.FIELDS, "1")
+        numbers["unquantised_psnr"] = f"{30 + gain:.5f}"
         numbers |= {"psnr": f"{psnr + noise.gauss(0, 1e-3):.5f}", "bits_per_code": f"{code + noise.gauss(0, 1e-3):.5f}"}
         numbers |= {"sample_s": "0.1", "uncached_s": "1.5", "usage": " ".join(["0.5"] * study.POINTS)}
         yield {**SETTINGS, "what": what, "variant": name, "seed": str(seed), **numbers, **FACTS}
@@ -45,8 +46,9 @@ def fabricated(study: ModuleType, gain: float) -> Iterator[dict[str, str]]:
 def test_words_follow_the_numbers(study: ModuleType, gain: float, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the study draws: pip install matplotlib")
     rows = [*fabricated(study, gain)]
-    cost, learnt, drawn, _, cached = study.verdicts(rows)
+    cost, learnt, _, drawn, _, cached = study.verdicts(rows)
     assert ("(within 2 dB)" in cost) == (gain <= 2)
+    assert f", and {gain:.2f} dB against a network trained without a quantiser" in cost
     assert (" dB above bicubic" in cost) == (gain > 0)
     for said in (learnt, drawn):
         assert ("holds (" in said) == (gain > 0)
