@@ -7,5 +7,15 @@ from pyseq.nn.hmm import HMM as HMM
 from pyseq.nn.memm import MEMM as MEMM
 from pyseq.nn.quantizer import VectorQuantizer as VectorQuantizer
 from pyseq.nn.quantizer import VectorQuantizerOutput as VectorQuantizerOutput
+from pyseq.nn.tied_linear import TiedLinear as TiedLinear
 
-__all__ = ["CRF", "HMM", "MEMM", "VectorQuantizer", "VectorQuantizerOutput", "crf_parameter_groups", "tag_constraints"]
+__all__ = [
+    "CRF",
+    "HMM",
+    "MEMM",
+    "TiedLinear",
+    "VectorQuantizer",
+    "VectorQuantizerOutput",
+    "crf_parameter_groups",
+    "tag_constraints",
+]
