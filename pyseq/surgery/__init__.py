@@ -1,0 +1,25 @@
+"""Reuse of layers and models: copies, edits with a way back, and sharing that can be seen."""
+
+from pyseq.surgery._clone import clone as clone
+from pyseq.surgery._edits import insert_after as insert_after
+from pyseq.surgery._edits import remove as remove
+from pyseq.surgery._edits import replace as replace
+from pyseq.surgery._state import load_state_dict as load_state_dict
+from pyseq.surgery._state import state_dict as state_dict
+from pyseq.surgery._ties import SharingReport as SharingReport
+from pyseq.surgery._ties import share as share
+from pyseq.surgery._ties import sharing_report as sharing_report
+from pyseq.surgery._undo import Edit as Edit
+
+__all__ = [
+    "Edit",
+    "SharingReport",
+    "clone",
+    "insert_after",
+    "load_state_dict",
+    "remove",
+    "replace",
+    "share",
+    "sharing_report",
+    "state_dict",
+]

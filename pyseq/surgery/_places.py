@@ -1,0 +1,49 @@
+"""Where an edit takes place: module paths and patterns."""
+
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Match(NamedTuple):
+    """A place of a model: its name, the module that holds it, under which name, and what is there."""
+
+    name: str
+    parent: nn.Module
+    key: str
+    old: nn.Module
+
+
+def resolve(model: nn.Module, where: str) -> list[Match]:
+    """Places of a path, or of a glob over paths, in the order of named_modules.
+
+    Raises ValueError for the root, a call ("block#1"), and where nothing matches.
+    """
+    if not isinstance(where, str):
+        raise TypeError(f"where must be a module path or a pattern, a str, got {type(where).__name__}")
+    if "#" in where:
+        raise ValueError(f"{where!r} is one call of a module: an edit changes all of them; name the module")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if where == "":
+        raise ValueError("the model itself cannot be edited, only what is in it: name a module inside")
+    del modules[""]
+    names = [where] if where in modules else [name for name in modules if fnmatchcase(name, where)]
+    if not names:
+        near = get_close_matches(where, modules, n=4, cutoff=0.4) or [*modules][:4]
+        raise ValueError(f"no module of the model matches {where!r}; the nearest: {', '.join(near) or 'it has none'}")
+    matches = []
+    for name in names:
+        parent, _, key = name.rpartition(".")
+        matches.append(Match(name, modules[parent] if parent else model, key, modules[name]))
+    return matches
+
+
+def refuse_nested(matches: list[Match]) -> None:
+    """Raise ValueError where one of the places is inside of another."""
+    names = {match.name for match in matches}
+    for name in names:
+        inner = [other for other in names if other.startswith(f"{name}.")]
+        if inner:
+            raise ValueError(f"{name} and {min(inner)}, which is inside of it, both match: use a narrower pattern")

@@ -1,0 +1,75 @@
+"""One forward of a model that leaves no trace, and what modules gave in it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Call(NamedTuple):
+    """What a watched module gave in one call: a shape, or a tuple of them; whether the model's output holds it."""
+
+    shape: Any
+    is_output: bool
+
+
+def leaves(value: Any) -> Iterator[Tensor]:
+    """Tensors in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for x in value:
+            yield from leaves(x)
+    elif isinstance(value, Mapping):
+        for x in value.values():
+            yield from leaves(x)
+
+
+def call(model: nn.Module, example: Any) -> Any:
+    """The model's output for a tuple of arguments, a dict of keywords, or one tensor."""
+    if isinstance(example, Tensor):
+        return model(example)
+    if isinstance(example, tuple):
+        return model(*example)
+    if isinstance(example, dict):
+        return model(**example)
+    raise TypeError(
+        f"example must be a tuple of arguments, a dict of keywords or a tensor, got {type(example).__name__}"
+    )
+
+
+def trial(model: nn.Module, example: Any, watched: list[nn.Module], calls: list[Call]) -> None:
+    """Run the model without gradients and add what the watched modules give to calls, also when it fails.
+
+    Random state, buffers, weights of modules with `max_norm`, the example and modes are afterwards what they were.
+    """
+    seen: list[tuple[Tensor, ...]] = []
+    out: tuple[Tensor, ...] = ()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                stack.callback(setattr, module, name, buffer)
+        tensors = [*model.buffers(), *leaves(list(example.values()) if isinstance(example, dict) else example)]
+        tensors += [m.weight for m in model.modules() if getattr(m, "max_norm", None) is not None]  # type: ignore[misc]
+        for tensor in tensors:
+            stack.callback(_restore, tensor, tensor.clone())
+        devices = {t.device.index for t in [*model.parameters(), *tensors] if t.is_cuda}
+        stack.enter_context(torch.random.fork_rng(devices))
+        for module in {id(m): m for m in watched}.values():
+            handle = module.register_forward_hook(lambda _m, _args, output: seen.append((*leaves(output),)))
+            stack.callback(handle.remove)
+        try:
+            out = (*leaves(call(model, example)),)
+        finally:
+            for given in seen:
+                shapes = tuple((*t.shape,) for t in given)
+                is_output = all(any(t is o for o in out) for t in given)
+                calls.append(Call(shapes[0] if len(shapes) == 1 else shapes, is_output))
+
+
+def _restore(tensor: Tensor, value: Tensor) -> None:
+    if not torch.equal(tensor, value):  # a copy would spoil graphs that hold the tensor
+        tensor.detach().copy_(value)
