@@ -8,8 +8,8 @@ from torch import nn
 
 from pyseq.surgery._places import Match, refuse_nested, resolve
 from pyseq.surgery._ties import memory
-from pyseq.surgery._trial import Call, trial
-from pyseq.surgery._undo import Edit, count
+from pyseq.surgery._trial import Call, check_example, trial
+from pyseq.surgery._undo import Edit, count, short
 
 New = nn.Module | Callable[[nn.Module], nn.Module]
 INPUTS = ("in_features", "in_channels", "num_features", "num_channels", "normalized_shape", "input_size")
@@ -51,7 +51,7 @@ def replace(
     """Put a module in place of another, in the model itself.
 
     where: a module path ("layer3.1"), or a glob over paths ("*.relu"; a star also matches dots): every match. A module
-    that has several names is replaced under the names that match; under a parent with several names, in all of them.
+    that has several names is replaced under those that match; in a parent that has several names, under all of them.
     new: a module, put at all matches and shared by them; or a function from the old module to the new one, called once
     for each old module. It takes the old one's training flag, what is new in it; its hooks are its own.
     example: a tuple of arguments, a dict of keywords, or one tensor: the model is run on it before and after, without
@@ -156,7 +156,8 @@ def insert_after(model: nn.Module, where: str, module: New, *, example: Any = No
             )
         made.append((match, added))
     kinds = ", ".join(dict.fromkeys(_kind(added) for _, added in made))
-    edit = Edit(f"insert_after {', '.join(m.name for m, _ in made)}: {kinds}", tuple(m.name for m, _ in made))
+    places = tuple(match.name for match in matches)
+    edit = Edit(f"insert_after {short(places)}: {kinds}", places)
 
     def apply() -> None:
         for match, added in made:
@@ -185,7 +186,7 @@ def _replaced(
 ) -> Edit:
     kinds = dict.fromkeys(f"{_kind(match.old)} -> {_kind(new)}" for match, new in pairs)
     names = tuple(match.name for match, _ in pairs)
-    edit = Edit(f"{verb} {', '.join(names)}: {', '.join(kinds)}", names)
+    edit = Edit(f"{verb} {short(names)}: {', '.join(kinds)}", names)
 
     def apply() -> None:
         for parent, key, old, new in {(id(m.parent), m.key): (m.parent, m.key, m.old, n) for m, n in pairs}.values():
@@ -210,6 +211,7 @@ def _carry_out(
     before: list[Call] = []
     after: list[Call] = []
     if example is not None:
+        check_example(example)
         try:
             trial(model, example, watched[0], before)
         except Exception as error:

@@ -17,8 +17,9 @@ class Match(NamedTuple):
 
 
 def resolve(model: nn.Module, where: str) -> list[Match]:
-    """Places of a path, or of a glob over paths, in the order of named_modules.
+    """Places of a path, or of a glob over paths, under all their names, in the order of named_modules.
 
+    A place has several names where the module that holds it has.
     Raises ValueError for the root, a call ("block#1"), and where nothing matches.
     """
     if not isinstance(where, str):
@@ -28,16 +29,17 @@ def resolve(model: nn.Module, where: str) -> list[Match]:
     modules = dict(model.named_modules(remove_duplicate=False))
     if where == "":
         raise ValueError("the model itself cannot be edited, only what is in it: name a module inside")
-    del modules[""]
-    names = [where] if where in modules else [name for name in modules if fnmatchcase(name, where)]
+    names = [where] if where in modules else [name for name in modules if name and fnmatchcase(name, where)]
     if not names:
-        near = get_close_matches(where, modules, n=4, cutoff=0.4) or [*modules][:4]
+        near = get_close_matches(where, modules, n=4, cutoff=0.4) or [*modules][1:5]
         raise ValueError(f"no module of the model matches {where!r}; the nearest: {', '.join(near) or 'it has none'}")
-    matches = []
-    for name in names:
+
+    def place(name: str) -> Match:
         parent, _, key = name.rpartition(".")
-        matches.append(Match(name, modules[parent] if parent else model, key, modules[name]))
-    return matches
+        return Match(name, modules[parent], key, modules[name])
+
+    edited = {(id(parent), key) for _, parent, key, _ in map(place, names)}
+    return [match for match in map(place, modules) if match.name and (id(match.parent), match.key) in edited]
 
 
 def refuse_nested(matches: list[Match]) -> None:

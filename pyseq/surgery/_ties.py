@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyseq.surgery._undo import Edit, count
+from pyseq.surgery._undo import Edit, count, short
 
 
 class SharedTensor(NamedTuple):
@@ -55,10 +55,10 @@ class SharingReport:
     bytes_saved: int
 
     def __str__(self) -> str:
-        lines = [("module", x.kind, f"{x.parameters:,} parameters", _short(x.names)) for x in self.modules]
+        lines = [("module", x.kind, f"{x.parameters:,} parameters", short(x.names)) for x in self.modules]
         for x in self.tensors:
             if not x.by_module:
-                lines.append((x.kind, str(x.shape), f"{x.bytes_saved:,} bytes saved", _short(x.names)))
+                lines.append((x.kind, str(x.shape), f"{x.bytes_saved:,} bytes saved", short(x.names)))
         lines += [("borrowed", "", "", f"{target} by {name}") for name, target in self.borrowed]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -144,7 +144,7 @@ def share(a: nn.Module, b: nn.Module) -> Edit:
             wrong.append(f"{name} and {twin} are one in b, two in a")
     if wrong:
         raise ValueError(f"b cannot use a's tensors, for they differ: {'; '.join(sorted(wrong))}")
-    edit, before = Edit(f"share {', '.join(mine)}", (*mine,)), count(a, b)
+    edit, before = Edit(f"share {short((*mine,))}", (*mine,)), count(a, b)
     for name in mine:
         owner, _, key = name.rpartition(".")
         edit._put(b.get_submodule(owner), key, theirs[name])
@@ -206,10 +206,6 @@ def _borrowed(model: nn.Module) -> Iterator[tuple[str, str]]:
         for key, value in vars(module).items():
             if isinstance(value, nn.Module) and id(value) in names:
                 yield f"{path}.{key}".lstrip("."), names[id(value)]
-
-
-def _short(names: tuple[str, ...]) -> str:
-    return ", ".join(names if len(names) <= 4 else (*names[:2], f"... ({len(names)} names)", names[-1]))
 
 
 def _said(t: Tensor, word: str) -> str:

@@ -27,17 +27,21 @@ def leaves(value: Any) -> Iterator[Tensor]:
             yield from leaves(x)
 
 
+def check_example(example: Any) -> None:
+    """Raise TypeError for what `call` does not know."""
+    if not isinstance(example, (tuple, dict, Tensor)):
+        raise TypeError(
+            f"example must be a tuple of arguments, a dict of keywords or a tensor, got {type(example).__name__}"
+        )
+
+
 def call(model: nn.Module, example: Any) -> Any:
     """The model's output for a tuple of arguments, a dict of keywords, or one tensor."""
     if isinstance(example, Tensor):
         return model(example)
     if isinstance(example, tuple):
         return model(*example)
-    if isinstance(example, dict):
-        return model(**example)
-    raise TypeError(
-        f"example must be a tuple of arguments, a dict of keywords or a tensor, got {type(example).__name__}"
-    )
+    return model(**example)
 
 
 def trial(model: nn.Module, example: Any, watched: list[nn.Module], calls: list[Call]) -> None:

@@ -115,6 +115,11 @@ class Edit:
         return f"<Edit: {self}>"
 
 
+def short(names: tuple[str, ...]) -> str:
+    """Names, where they are many the first two and the last."""
+    return ", ".join(names if len(names) <= 4 else (*names[:2], f"... ({len(names)} names)", names[-1]))
+
+
 def count(*models: nn.Module) -> int:
     """Numbers in the parameters, each parameter once."""
     unique = {id(p): p for model in models for p in model.parameters() if not is_lazy(p)}

