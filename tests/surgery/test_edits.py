@@ -45,6 +45,20 @@ class Net(nn.Module):
         return self.head(self.chain(x))  # type: ignore[no-any-return]
 
 
+class Counter(nn.Module):
+    """A buffer that is another one after each call."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return x
+
+
 class Words(nn.Module):
     """An embedding with a tied and a borrowing head."""
 
@@ -149,9 +163,19 @@ def test_what_is_edited() -> None:
     shared = replace(model, "*.relu", nn.PReLU())
     assert model.blocks[0].relu is model.blocks[2].relu
     shared.undo()
-    model.chain.train()
-    assert replace(model, "chain.1", nn.Sequential(nn.GELU())) is not None
-    assert model.chain[1][0].training
+
+
+def test_modes_and_sharing() -> None:
+    model, new = built(), nn.Sequential(nn.GELU()).eval()
+    edit = replace(model, "chain.1", new)
+    assert new.training
+    assert new[0].training
+    edit.undo()
+    assert not new.training
+    replace(model, "blocks.?", lambda old: nn.Sequential(old, nn.Tanh()).eval())
+    assert model.blocks[0] is model.blocks[1] is not model.blocks[2]
+    assert model.blocks[2].training
+    assert not model.blocks[2][0].norm.training, "what was in the model keeps its own"
 
 
 def test_insertions() -> None:
@@ -262,6 +286,7 @@ def test_trial_leaves_no_trace() -> None:
     model, x, ids = built(), X.clone(), torch.tensor([1, 2])
     model.blocks[2].linear = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
     model.blocks[0] = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+    model.blocks.append(Counter())
     before, random = trace(model), torch.get_rng_state()
     replace(model, "head", model.head, example=x)
     assert torch.equal(x, X)
