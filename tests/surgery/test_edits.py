@@ -172,7 +172,9 @@ def test_modes_and_sharing() -> None:
     assert new[0].training
     edit.undo()
     assert not new.training
-    replace(model, "blocks.?", lambda old: nn.Sequential(old, nn.Tanh().eval()))
+    seen: list[nn.Module] = []
+    replace(model, "blocks.?", lambda old: seen.append(old) or nn.Sequential(old, nn.Tanh().eval()))  # type: ignore[func-returns-value]
+    assert len(seen) == 2, "one for each old module"
     assert model.blocks[0] is model.blocks[1] is not model.blocks[2]
     assert model.blocks[2][1].training
     assert not model.blocks[2][0].norm.training, "what was in the model keeps its own"
