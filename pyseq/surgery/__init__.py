@@ -1,4 +1,4 @@
-"""Reuse of layers and models: copies, edits with a way back, and sharing that can be seen."""
+"""Reuse of layers and models: parts of models, copies, edits with a way back, and sharing that can be seen."""
 
 from pyseq.surgery._clone import clone as clone
 from pyseq.surgery._edits import insert_after as insert_after
@@ -6,6 +6,9 @@ from pyseq.surgery._edits import remove as remove
 from pyseq.surgery._edits import replace as replace
 from pyseq.surgery._state import load_state_dict as load_state_dict
 from pyseq.surgery._state import state_dict as state_dict
+from pyseq.surgery._submodel import nodes as nodes
+from pyseq.surgery._submodel import rerun as rerun
+from pyseq.surgery._submodel import submodel as submodel
 from pyseq.surgery._ties import SharingReport as SharingReport
 from pyseq.surgery._ties import share as share
 from pyseq.surgery._ties import sharing_report as sharing_report
@@ -17,9 +20,12 @@ __all__ = [
     "clone",
     "insert_after",
     "load_state_dict",
+    "nodes",
     "remove",
     "replace",
+    "rerun",
     "share",
     "sharing_report",
     "state_dict",
+    "submodel",
 ]

@@ -1,0 +1,485 @@
+"""Parts of models: from any value to any other, to the bit, on graphs and on models that are none."""
+
+import copy
+import pickle
+import random
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from pyseq import surgery
+from pyseq._capture import capture
+from pyseq.surgery._intercept import Intercepted
+from pyseq.surgery._parts import Part
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+class Block(nn.Module):
+    """Has all that spoils captures: in-place activations, a parameter used bare, functional dropout."""
+
+    def __init__(self, dim: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.inner, self.norm, self.relu = nn.Conv1d(dim, dim, 3, padding=1), nn.BatchNorm1d(dim), nn.ReLU(inplace=True)
+        self.scale, self.drop = nn.Parameter(torch.rand(1)), drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.norm(self.inner(x))) * self.scale
+        h = F.dropout(h, self.drop, training=self.training)
+        h += x
+        return self.relu(h)  # type: ignore[no-any-return]
+
+
+class Residual(nn.Module):
+    offset: Tensor
+
+    def __init__(self, drop: float = 0.3) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(3, 4, 3)
+        self.layers = nn.Sequential(Block(4, drop), Block(4, drop))
+        self.block = Block(4, drop)
+        self.head, self.unused = nn.Linear(4, 2), nn.Linear(7, 7)
+        self.register_buffer("offset", torch.randn(50))
+
+    def forward(self, x: Tensor, times: int = 2) -> dict[str, Tensor]:
+        h = self.layers(self.stem(x))
+        for _ in range(times):
+            h = self.block(h)
+        batch, channels, length = h.shape
+        pooled = h.reshape(batch, channels, -1).mean(-1) + self.offset[:channels] + torch.arange(channels) / length**0.5
+        return {"scores": self.head(pooled), "pooled": F.relu(pooled)}
+
+
+def state(model: nn.Module) -> list[Tensor]:
+    return [x.clone() for x in (*model.parameters(), *model.buffers())]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b)
+
+
+def run(model: Callable[..., Any], *args: Any, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return model(*args)
+
+
+@torch.no_grad()
+def through(model: nn.Module, head: nn.Module, tail: nn.Module, x: Any) -> bool:
+    """Head and tail give what the model gives, leave its buffers as it would, and change no value between."""
+    twin = copy.deepcopy((model, head, tail))  # all three share what they share
+    expected = run(model, x)
+    torch.manual_seed(0)
+    values = twin[1](x)
+    kept = copy.deepcopy(values)
+    found = twin[2](values)
+    return same(found, expected) and same(values, kept) and all(map(torch.equal, state(model), state(twin[0])))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_every_cut_of_a_residual_network(training: bool) -> None:
+    """Each address either cuts to the bit or says what leaks; cut there as well, it is right."""
+    torch.manual_seed(0)
+    model, x = Residual().train(training), torch.randn(2, 3, 9)
+    before = state(model)
+    cuts = []
+    for place in surgery.nodes(model, x)[1:]:
+        head = surgery.submodel(model, place.address, example=x)
+        try:
+            tail = surgery.submodel(model, inputs=place.address, example=(x,))
+        except ValueError as error:
+            message = str(error)
+            assert "leaks: " in message or "does not come after" in message
+            if ", a size" in message or "add " not in message:
+                continue
+            more = [place.address, *message.rpartition("; add ")[2].removesuffix(" to inputs").split(", ")]
+            values = surgery.submodel(model, more, example=x).eval()(x)
+            both = surgery.submodel(model, inputs=more, example=x).eval()
+            assert same(both(*values), copy.deepcopy(model).eval()(x))
+            model.train(training)
+            continue
+        cuts.append(place.address)
+        for size in (2, 5):
+            assert through(model, head, tail, torch.randn(size, 3, 6 + size)), place.address
+    assert {"layers.0", "layers.1", "layers.0.add", "block#0", "block#1", "block.add#0", "block.add#1"} <= {*cuts}
+    assert training or all(map(torch.equal, state(model), before))
+
+
+def test_capture_leaves_the_model_as_it_was() -> None:
+    model, x = Residual(), torch.randn(2, 3, 9)
+    model.get_submodule("layers.1").eval()
+    model.stem.register_forward_hook(lambda *_: None)
+    modes = [m.training for m in model.modules()]
+    names = {id(m): set(vars(m)) for m in model.modules()}
+    hooks = [[*m._forward_hooks.values()] for m in model.modules()]
+    before, random_state, version = state(model), torch.get_rng_state(), x._version
+    surgery.nodes(model, x)
+    surgery.submodel(model, "block#1", example=x)
+    for bad in ("nothing", "block"):
+        with pytest.raises(ValueError, match="block"):
+            surgery.submodel(model, "nothing.block" if bad == "nothing" else bad, example=x)
+    assert all(map(torch.equal, state(model), before))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert (modes, version) == ([m.training for m in model.modules()], x._version)
+    assert names == {id(m): set(vars(m)) for m in model.modules()}
+    assert hooks == [[*m._forward_hooks.values()] for m in model.modules()]
+    assert nn.Module.__call__.__qualname__.startswith("Module.")
+
+
+def test_a_part_shares_and_counts_only_what_it_uses() -> None:
+    model, x = Residual(), torch.randn(2, 3, 9)
+    tail = surgery.submodel(model, inputs="layers.0", example=x)
+    assert isinstance(tail, Part)
+    own = dict(model.named_parameters())
+    assert all(own[name] is p for name, p in tail.named_parameters())
+    assert {n.partition(".")[0] for n in own} - {n.partition(".")[0] for n, _ in tail.named_parameters()} == {
+        "stem", "unused"
+    }  # fmt: skip
+    assert not any(n.startswith("layers.0") for n, _ in tail.named_parameters())
+    assert set(tail.state_dict()) <= set(model.state_dict())
+    middle = surgery.submodel(model, ["block#0", "layers.1.add"], "layers.0", example=x)
+    values = surgery.submodel(model, ["layers.0", "block#0", "layers.1.add"], example=x).eval()(x)
+    assert same(middle.eval()(values[0]), values[1:])
+    # gradients are the model's
+    model.eval()
+    model(x)["scores"].sum().backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    head = surgery.submodel(model, "layers.0", example=x)
+    tail.eval()(head(x))["scores"].sum().backward()
+    assert all(torch.equal(g, own[n].grad) for n, g in expected.items() if own[n].grad is not None)  # type: ignore[arg-type]
+
+
+def test_modes() -> None:
+    """Functional dropout follows the part's mode, as do its modules."""
+    model, x = Residual(0.5), torch.randn(4, 3, 9)
+    part = surgery.submodel(model, "layers", example=x)
+    assert not torch.equal(run(part, x, seed=1), run(part, x, seed=2))
+    part.eval()
+    assert torch.equal(run(part, x, seed=1), run(part, x, seed=2))
+    part.train()
+    assert "getattr(self.layers, '0').training" in str(part.code)
+    first = part.get_submodule("layers.0").eval()
+    second = part.get_submodule("layers.1").eval()
+    assert part.training
+    assert torch.equal(run(part, x, seed=1), run(part, x, seed=2))
+    first.train()
+    assert not second.training
+    assert not torch.equal(run(part, x, seed=1), run(part, x, seed=2))
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return x + torch.rand_like(x) if self.training else x * 2
+
+    branch = Branch()
+    x = torch.randn(2, 3)
+    tail = surgery.submodel(branch, inputs="a", example=x)
+    assert torch.equal(run(tail, branch.a(x)), run(branch, x))
+    assert torch.equal(tail.eval()(branch.a(x)), branch.eval()(x))
+
+
+class Data(nn.Module):
+    """Goes one way or another by its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.left, self.right, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(self.norm(self.first(x)), 0.2, self.training)
+        h = self.left(h) if h.sum() > 0 else self.right(h)
+        return self.last(h + 1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("at", ["first", "norm", "dropout"])
+def test_control_flow(at: str, training: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Data().train(training), torch.randn(3, 4)
+    before = state(model)
+    head, tail = surgery.submodel(model, at, example=x), surgery.submodel(model, inputs=at, example=x)
+    assert isinstance(head, Intercepted)
+    assert isinstance(tail, Intercepted)
+    assert all(map(torch.equal, state(model), before))
+    ways = set()
+    for seed in range(8):
+        x = 3 * torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+        assert through(model, head, tail, x)
+        ways.add(bool(surgery.submodel(model, "dropout", example=x).eval()(x).sum() > 0))
+    assert ways == {True, False}
+    assert not any(n.startswith("first") for n, _ in tail.named_parameters())
+    assert {n for n, _ in head.named_parameters() if n.startswith("last")} == set()
+    tail.eval()
+    assert not model.training
+    twin = pickle.loads(pickle.dumps(tail))
+    value = head(x)
+    assert torch.equal(twin(value), tail(value))
+
+
+def test_control_flow_that_a_tail_cannot_follow() -> None:
+    model, x = Data(), torch.randn(3, 4)
+    with pytest.raises(ValueError, match=r"reads values of 'gt' at test_submodel\.py:\d+"):
+        surgery.submodel(model, inputs="add", example=x)
+    assert torch.equal(
+        surgery.submodel(model, "add", example=x).eval()(x) @ model.last.weight.T + model.last.bias, model(x)
+    )
+
+    class Skip(Data):
+        def forward(self, x: Tensor) -> Any:
+            h = self.first(x)
+            g = self.left(h) if x.sum() > 1e9 else self.right(h)
+            return g + h
+
+    with pytest.raises(ValueError, match="reads values of 'gt' at"):
+        surgery.submodel(Skip(), inputs="right", example=x)
+
+    class Leak(Data):
+        def forward(self, x: Tensor) -> Any:
+            h = self.first(x)
+            g = self.right(h)
+            return (self.left(g) if g.sum() > 0 else g) + h
+
+    with pytest.raises(ValueError, match="'first' is wanted by 'add'"):
+        surgery.submodel(Leak(), inputs="right", example=x)
+    both = surgery.submodel(leak := Leak(), inputs=["right", "first"], example=x)
+    h = leak.first(x)
+    assert torch.equal(both(leak.right(h), h), leak(x))
+
+
+class Inner(nn.Module):
+    """A module with control flow inside a model that has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.a(x) if x.sum() > 0 else -self.a(x)
+
+
+def test_a_module_with_control_flow_is_one_value() -> None:
+    inner, x = Inner(), torch.randn(3, 4)
+    model = nn.Sequential(nn.Linear(4, 4), inner, nn.ReLU(), nn.Linear(4, 2))
+    part = surgery.submodel(model, inputs="0", example=x)
+    assert isinstance(part, Part)
+    for seed in range(6):
+        x = run(torch.randn, 3, 4, seed=seed)
+        assert torch.equal(part(model[0](x)), model(x))
+    inside = surgery.submodel(model, "1.a", example=x)
+    assert isinstance(inside, Intercepted)
+    assert torch.equal(inside(x), inner.a(model[0](x)))
+
+
+def test_rerun() -> None:
+    model, x = Residual().eval(), torch.randn(2, 3, 9)
+    edited = torch.randn(2, 4, 7, requires_grad=True)
+    tail = surgery.submodel(model, inputs="layers.1", example=x)
+    out = surgery.rerun(model, x, {"layers.1": edited})
+    assert same(out, tail(edited))
+    out["scores"].sum().backward()
+    assert edited.grad is not None
+    both = surgery.rerun(model, {"x": x}, {"layers.0.inner": edited.detach(), "block#1": 2 * edited.detach()})
+    assert same(both, surgery.submodel(model, inputs="block#1", example=x)(2 * edited.detach()))
+    inner = surgery.rerun(model, (x, 2), {"layers.0.inner": torch.zeros(2, 4, 7)})
+    assert not same(inner, model(x))
+    data = Data().eval()
+    assert torch.equal(surgery.rerun(data, (x[0, :, :4],), {"add": torch.zeros(3, 4)}), data.last.bias.expand(3, 2))
+    for bad, message in (
+        ({}, "at least one"),
+        ({"block": edited}, "2 times"),
+        ({"blok#1": edited}, "nearest: block#1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            surgery.rerun(model, x, bad)
+    with pytest.raises(ValueError, match="nearest: first"):
+        surgery.rerun(data, x[0, :, :4], {"frist": x})
+
+
+def test_structures() -> None:
+    """Tuples, dicts and several inputs, at addresses and as the model's own."""
+
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.out = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, pair: Pair, *, scale: Tensor | None = None, how: str = "last") -> tuple[Any, ...]:
+            y, (h, c) = self.rnn(pair.left)
+            left, right = torch.chunk(y, 2, dim=1)
+            y = torch.cat([right, left * pair.right], 1)
+            return self.out(y if scale is None else y * scale), {"h": h, how: [c]}
+
+    model = Several()
+    example: dict[str, Any] = {"pair": Pair(torch.randn(2, 6, 3), torch.tensor(3.0)), "scale": torch.tensor(2.0)}
+    whole = surgery.submodel(model, example=example)
+    other: dict[str, Any] = {"pair": Pair(torch.randn(4, 8, 3), torch.tensor(1.0)), "scale": torch.tensor(-1.0)}
+    assert same(whole(**other), model(**other))
+    rnn = surgery.submodel(model, "rnn", example=example)
+    assert same(rnn(**other), model.rnn(other["pair"].left))
+    tail = surgery.submodel(model, inputs=["rnn", "pair", "scale"], example=example)
+    assert same(tail(rnn(**other), other["pair"], other["scale"]), model(**other))
+    chunk = surgery.submodel(model, "chunk", "rnn", example=example)
+    assert same(chunk(rnn(**other)), torch.chunk(model.rnn(other["pair"].left)[0], 2, 1))
+    with pytest.raises(ValueError, match="'pair' is wanted by 'mul'"):
+        surgery.submodel(model, inputs=["rnn", "scale"], example=example)
+    with pytest.raises(ValueError, match="how must be as in the example, 'last', got 'first'"):
+        surgery.submodel(model, example=example | {"how": "last"})(**other, how="first")
+
+
+def test_shared_modules_and_ties() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(9, 4)
+            self.mix = parametrizations.weight_norm(nn.Linear(4, 4))
+            self.bias = nn.Parameter(torch.randn(9))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.mix(self.mix(self.embed(x))), self.embed.weight, self.bias)
+
+    model, x = Tied(), torch.randint(0, 9, (2, 5))
+    assert [p.address for p in surgery.nodes(model, x)] == ["x", "embed", "mix#0", "mix#1", "linear"]
+    tail = surgery.submodel(model, inputs="mix#0", example=x)
+    assert torch.equal(tail(model.mix(model.embed(x))), model(x))
+    assert tail.get_parameter("embed.weight") is model.embed.weight
+    with pytest.raises(ValueError, match=r"'mix' is computed 2 times, name one: mix#0, mix#1"):
+        surgery.submodel(model, "mix", example=x)
+    with pytest.raises(ValueError, match="calls count from 0"):
+        surgery.submodel(model, "mix#2", example=x)
+
+
+def test_torchs_own_modules_open_on_demand() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+    model, x = (
+        nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)),
+        torch.randn(2, 5, 8),
+    )
+    assert [p.address for p in surgery.nodes(model, x)] == ["input", "0", "1"]
+    at = "1.layers.0"
+    head, tail = surgery.submodel(model, at, example=x), surgery.submodel(model, inputs=at, example=x)
+    assert through(model, head, tail, torch.randn(3, 4, 8))
+
+
+def test_sizes_that_code_goes_by() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.cell = nn.Linear(3, 4), nn.GRUCell(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, state = self.embed(x), torch.zeros(x.size(0), 4)
+            for t in range(x.size(1)):
+                state = self.cell(h[:, t], state)
+            return state
+
+    model, x = Loop(), torch.randn(2, 3, 3)
+    part = surgery.submodel(model, inputs=["embed", "x"], example=x)
+    assert torch.equal(part(model.embed(x), x), model(x))
+    with pytest.raises(ValueError, match=r"reads a size of 'x' at test_submodel\.py:\d+, and the part cannot: add"):
+        surgery.submodel(model, inputs=["embed", "zeros"], example=x)
+    longer = torch.randn(2, 4, 3)
+    with pytest.raises(ValueError, match=r"reads of a size must be as in the example, 3, got 4"):
+        part(model.embed(longer), longer)
+    with pytest.raises(ValueError, match="leaks: 'zeros' is wanted by 'cell'; add zeros"):
+        surgery.submodel(model, inputs="embed", example=x)
+
+
+def test_copies() -> None:
+    model, x = Residual().eval(), torch.randn(2, 3, 9)
+    tail = surgery.submodel(model, inputs="layers.0", example=x)
+    value = surgery.submodel(model, "layers.0", example=x)(x).detach()
+    for twin in (
+        copy.deepcopy(tail),
+        pickle.loads(pickle.dumps(tail)),
+        torch.compile(tail, backend="eager", fullgraph=True),
+    ):
+        assert same(twin(value), model(x))
+    assert copy.deepcopy(tail).get_parameter("head.weight") is not model.head.weight
+    assert "inputs: layers.0; outputs: the model's own" in repr(tail)
+    nested = surgery.submodel(tail, "block.norm#1", "layers.1.relu#1", example=value)
+    direct = surgery.submodel(model, "block.norm#1", "layers.1", example=x)
+    assert torch.equal(nested(value), direct(value))
+
+
+class Random(nn.Module):
+    """A random graph: each step takes one or two earlier values, sometimes in place."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        draw = random.Random(seed)
+        self.maps = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+        self.steps = [(draw.randrange(6), draw.random(), draw.random()) for _ in range(8)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = [x]
+        for kind, a, b in self.steps:
+            one, two = made[int(a * len(made))], made[int(b * len(made))]
+            if kind < 3:
+                made.append(self.maps[kind](one))
+            elif kind == 3:
+                made.append(one + two)
+            elif kind == 4 and one is not x:
+                made.append(one.mul_(2) if a < 0.5 else F.relu(one, inplace=True))
+            else:
+                new = two * 1
+                new[:, :1] += one[:, 1:2]
+                made.append(new)
+        return torch.stack(made[-3:]).sum(0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_graphs(seed: int) -> None:
+    """Every cut is exact, or refused; never a wrong value."""
+    torch.manual_seed(seed)
+    model, x = Random(seed), torch.randn(2, 3)
+    with torch.no_grad():
+        expected, exact = model(x.clone()), 0
+        for place in surgery.nodes(model, x)[1:]:
+            head = surgery.submodel(model, place.address, example=x)
+            try:
+                tail = surgery.submodel(model, inputs=place.address, example=x)
+            except ValueError:
+                continue
+            exact += 1
+            assert torch.equal(tail(head(x)), expected), (place.address, tail.code)
+    assert exact
+
+
+def test_bad_input() -> None:
+    model, x = Residual(), torch.randn(2, 3, 9)
+    with pytest.raises(TypeError, match="example must be a tuple"):
+        surgery.submodel(model, "stem", example=[x])
+    with pytest.raises(TypeError, match=r"does not fit Residual\.forward"):
+        surgery.submodel(model, "stem", example=(x, 2, 3))
+    with pytest.raises(ValueError, match=r"no value at 'layer\.1'; nearest: layers\.1"):
+        surgery.submodel(model, "layer.1", example=x)
+    with pytest.raises(ValueError, match="twice"):
+        surgery.submodel(model, ["stem", "stem"], example=x)
+    with pytest.raises(ValueError, match="an address or a list"):
+        surgery.submodel(model, [], example=x)
+    with pytest.raises(ValueError, match=r"do not hang on 'layers\.0'"):
+        surgery.submodel(model, "block#0", ["layers.0", "layers.1"], example=x)
+    with pytest.raises(ValueError, match=r"'stem' does not come after 'layers\.0'"):
+        surgery.submodel(model, "stem", "layers.0", example=x)
+    with pytest.raises(RuntimeError, match="channels"):
+        surgery.nodes(model, torch.randn(2, 5, 9))
+
+
+def test_the_two_graphs_are_one_where_flags_alone_differ() -> None:
+    graphs = capture(Residual(), torch.randn(2, 3, 9))
+    assert graphs[True] is graphs[False]
