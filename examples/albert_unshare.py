@@ -1,9 +1,9 @@
 """Is ALBERT better off with its layers un-shared when it is fine-tuned, as https://kexue.fm/archives/7187 says?
 
 Pre-trains a small ALBERT on the text of People's Daily, then fine-tunes it shared, un-shared, and with attention or
-feed-forward layers alone un-shared, for sentiment and for named entities. Writes a row of `docs/evidence/albert.csv` for
-each finished run, then the page beside it. A restart skips the runs that have rows; delete the file to start anew. The
-pre-trained weights stay in `runs/albert`. `--quick` writes to `runs/`.
+feed-forward layers alone un-shared, for sentiment and for named entities. Writes a row of `docs/evidence/albert.csv`
+for each finished run, then the page and the figure beside it. A restart skips the runs that have rows; delete the file
+to start anew. The pre-trained weights stay in `runs/albert`. `--quick` writes to `runs/`.
 """
 
 import argparse
@@ -26,7 +26,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
-    AlbertConfig, AlbertForMaskedLM, AlbertForSequenceClassification, AlbertForTokenClassification, logging
+    AlbertConfig,
+    AlbertForMaskedLM,
+    AlbertForSequenceClassification,
+    AlbertForTokenClassification,
+    logging,
 )  # fmt: skip
 
 from pyseq import surgery
@@ -259,8 +263,8 @@ def values(rows: Sequence[Row], what: str, variant: str, name: str) -> list[floa
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    columns = (("best", "best", 2), ("after epoch 1", "first", 2), ("test", "test", 2), ("CPU s an epoch", "epoch_cpu_s", 1),
-               ("parameters", "parameters", 0))  # fmt: skip
+    columns = (("best", "best", 2), ("after epoch 1", "first", 2), ("test", "test", 2),
+               ("CPU s an epoch", "epoch_cpu_s", 1), ("parameters", "parameters", 0))  # fmt: skip
     lines = [[f"{what}, {variant}", *(spread(values(rows, what, variant, name), n) for _, name, n in columns)]
              for what in TASKS for variant in SEEDS]  # fmt: skip
     return [["", *(head for head, *_ in columns)], *lines]
@@ -309,20 +313,22 @@ def page(rows: list[Row], name: str) -> str:
 
 {markdown(table(rows))}
 
-Accuracy of sentiment and F1 of whole entities, in percent, mean ± standard deviation over {SEEDS[APART]} seeds, one seed
-in part un-shared. Best: of {seen(tuned, "epochs")} epochs, on the validation set; test: of that epoch. Parameters: with
-the head.
+![Gains]({name}.png)
+
+Accuracy of sentiment and F1 of whole entities, in percent, mean ± standard deviation over {SEEDS[APART]} seeds, one
+seed in part un-shared. Best: of {seen(tuned, "epochs")} epochs, on the validation set; test: of that epoch. Parameters:
+with the head. Points: one a seed; bars: their means.
 
 ## How it was done
 
 `transformers.AlbertModel` of {SIZES["num_hidden_layers"]} layers, width {SIZES["hidden_size"]}, embeddings of
-{SIZES["embedding_size"]}, no dropout but before the classifier, on {len(vocabulary()):,} characters. Pre-trained once, by
-masked language modelling alone, on the training lines of People's Daily in sequences of {LENGTH}: {STAGES} stages of
-{seen(before, "steps")} steps of {PRE_BATCH}, {first:.0f} minutes, loss {float(before[-1]["loss"]):.2f} in the end. Then,
-from these weights, `surgery.unshare(model)` or not, and AdamW at {RATE} for all, with warm-up and linear decay, batches
-of {BATCH}, gradients clipped at 1: {seen(tuned, "sequences")} training sequences of at most {LENGTH} tokens, of reviews
-(`pyseq.data.reviews`) or of People's Daily with its persons, places and organisations. Equal seeds have equal heads at
-first, equal batches and equal dropout.
+{SIZES["embedding_size"]}, no dropout but before the classifier, on {len(vocabulary()):,} characters. Pre-trained once,
+by masked language modelling alone, on the training lines of People's Daily in sequences of {LENGTH}: {STAGES} stages of
+{seen(before, "steps")} steps of {PRE_BATCH}, {first:.0f} minutes, loss {float(before[-1]["loss"]):.2f} in the end.
+Then, from these weights, `surgery.unshare(model)` or not, and AdamW at {RATE} for all, with warm-up and linear decay,
+batches of {BATCH}, gradients clipped at 1: {seen(tuned, "sequences")} training sequences of at most {LENGTH} tokens, of
+reviews (`pyseq.data.reviews`) or of People's Daily with its persons, places and organisations. Equal seeds have equal
+heads at first, equal batches and equal dropout.
 
 A fair objection: a small model with little pre-training, one rate for both, which favours neither on purpose; the post
 fine-tunes published checkpoints of several sizes, and reports no spread. With gradients clipped by their norm a shared
