@@ -240,7 +240,7 @@ def tune(run: Run, folder: Path) -> dict[str, Any]:
     found = {"parameters": sum(p.numel() for p in model.parameters()), "first": scores[0], "best": max(scores)}
     found |= {"best_epoch": 1 + scores.index(max(scores)), "test": tested}
     if run["variant"] != SHARED:
-        found["drift"] = mean(x.relative for x in surgery.drift_report(model))
+        found["drift"] = mean(x.rms for x in surgery.drift_report(model).rows)
     return found | {"epoch_cpu_s": cpu / run["epochs"], "epoch_s": wall / run["epochs"]}
 
 
