@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from pyseq import models as models
     from pyseq import nn as nn
     from pyseq import optim as optim
+    from pyseq import surgery as surgery
 else:
 
     def __getattr__(name: str) -> Any:
         """`pyseq.nn` and its like, imported when they are first named."""
-        if name in ("data", "models", "nn", "optim"):
+        if name in ("data", "models", "nn", "optim", "surgery"):
             return importlib.import_module(f"pyseq.{name}")
         raise AttributeError(f"module 'pyseq' has no attribute {name!r}")

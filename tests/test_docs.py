@@ -21,7 +21,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 def documented() -> Iterator[tuple[str, Any]]:
     """Public functions, classes, and what the methods of modules compute."""
     yield "Signature", _check.Signature
-    for folder in ("ops", "nn", "optim", "models"):
+    for folder in ("ops", "nn", "optim", "models", "surgery"):
         module = importlib.import_module(f"pyseq.{folder}")
         for name in module.__all__:
             thing = getattr(module, name)

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyseq._capture import arguments
 from pyseq.surgery._places import Match, refuse_nested, resolve
 from pyseq.surgery._ties import memory
-from pyseq.surgery._trial import Call, check_example, trial
+from pyseq.surgery._trial import Call, trial
 from pyseq.surgery._undo import Edit, count, short
 
 New = nn.Module | Callable[[nn.Module], nn.Module]
@@ -211,7 +212,7 @@ def _carry_out(
     before: list[Call] = []
     after: list[Call] = []
     if example is not None:
-        check_example(example)
+        arguments(model, example)
         try:
             trial(model, example, watched[0], before)
         except Exception as error:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyseq._capture import arguments
+
 
 class Call(NamedTuple):
     """What a watched module gave in one call: a shape, or a tuple of them; whether the model's output holds it."""
@@ -25,23 +27,6 @@ def leaves(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping):
         for x in value.values():
             yield from leaves(x)
-
-
-def check_example(example: Any) -> None:
-    """Raise TypeError for what `call` does not know."""
-    if not isinstance(example, (tuple, dict, Tensor)):
-        raise TypeError(
-            f"example must be a tuple of arguments, a dict of keywords or a tensor, got {type(example).__name__}"
-        )
-
-
-def call(model: nn.Module, example: Any) -> Any:
-    """The model's output for a tuple of arguments, a dict of keywords, or one tensor."""
-    if isinstance(example, Tensor):
-        return model(example)
-    if isinstance(example, tuple):
-        return model(*example)
-    return model(**example)
 
 
 def trial(model: nn.Module, example: Any, watched: list[nn.Module], calls: list[Call]) -> None:
@@ -66,7 +51,8 @@ def trial(model: nn.Module, example: Any, watched: list[nn.Module], calls: list[
             handle = module.register_forward_hook(lambda _m, _args, output: seen.append((*leaves(output),)))
             stack.callback(handle.remove)
         try:
-            out = (*leaves(call(model, example)),)
+            args, kwargs = arguments(model, example)
+            out = (*leaves(model(*args, **kwargs)),)
         finally:
             for given in seen:
                 shapes = tuple((*t.shape,) for t in given)

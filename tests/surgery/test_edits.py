@@ -258,7 +258,7 @@ FAILURES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "kind of example": (
         lambda m: remove(m, "chain.1", example=[X]),
         TypeError,
-        "a tuple of arguments, a dict.*got list",
+        "a tuple of the model's arguments, a dict.*got list",
     ),
 }
 
