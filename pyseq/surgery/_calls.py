@@ -63,7 +63,10 @@ def _other_count(got: object, wanted: int) -> str:
 
 
 class _Hook:
-    """On the root, for the PerCall modules at these paths; without references, so that copies and pickles are right."""
+    """On the root, for the PerCall modules at these paths; without references, so that copies and pickles are right.
+
+    Tensors stay in a tuple: torch.compile, which may trace a hook alone, warns of those that are its locals.
+    """
 
     def __init__(self, paths: tuple[str, ...]) -> None:
         self.paths = paths
@@ -73,20 +76,20 @@ class _Hook:
 
 
 class _Begin(_Hook):
-    def __call__(self, root: nn.Module, args: Any) -> None:
+    def __call__(self, root: nn.Module, *_: Any) -> None:
         for place in self.places(root):
             place._call = 0
 
 
 class _Check(_Hook):
-    def __call__(self, root: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, root: nn.Module, *_: Any) -> None:
         for place in self.places(root):
             if place._call != len(place):
                 raise RuntimeError(_other_count(place._call, len(place)))
 
 
 class _End(_Hook):
-    def __call__(self, root: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, root: nn.Module, *_: Any) -> None:
         for place in self.places(root):
             place._call = OUTSIDE
 

@@ -1,12 +1,14 @@
 """Copies instead of shared modules: the same bits, exact relations of gradients and optimizers, and the way back."""
 
 import copy
+import importlib
 import io
 import pickle
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyseq import optim
 from pyseq.surgery import drift_report, reshare, unshare
+from pyseq.surgery._albert import group_a_layer
 from pyseq.surgery._calls import PerCall, count_calls
 
 ROOM = "surgery"
@@ -69,9 +72,7 @@ class Albert(nn.Module):
 
     def __init__(self, groups: int = 1, inner: int = 1) -> None:
         super().__init__()
-        self.config = types.SimpleNamespace(
-            num_hidden_layers=LAYERS, num_hidden_groups=groups, inner_group_num=inner
-        )
+        self.config = types.SimpleNamespace(num_hidden_layers=LAYERS, num_hidden_groups=groups, inner_group_num=inner)
         self.albert_layer_groups = nn.ModuleList([Group(self.config) for _ in range(groups)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -258,8 +259,6 @@ def test_some_calls_share_on(kind: str, asked: Any, wanted: str) -> None:
 
 
 def _expanded(model: Any) -> Any:
-    from pyseq.surgery._albert import group_a_layer
-
     return group_a_layer(model, shorten=False)
 
 
@@ -349,25 +348,19 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), random)
     assert not any(x._forward_pre_hooks for x in model.modules())
     assert model.training
-    with pytest.raises(TypeError, match="example must be a tuple of arguments, .* got int"):
+    with pytest.raises(TypeError, match=r"example must be a tuple of arguments, .* got int"):
         count_calls(model, 3)
 
 
-# optimizers
-
-
-def trained(kind: str, make: Any, steps: int = 2) -> tuple[Any, dict[str, Any], Any]:
-    model, options = built(kind)
-    optimizer = make(model.parameters())
-    for _ in range(steps):
-        step(model.eval(), optimizer)
-    optimizer.zero_grad()
-    return model, options, optimizer
+def block_of(model: Any, kind: str) -> Any:
+    """The shared one, before."""
+    path = MODELS[kind][2]
+    return model.get_submodule(path.replace(".{}", "") if "loop" in kind else path.format(0))
 
 
 def step(model: Any, optimizer: Any = None) -> None:
     model.zero_grad()
-    (output(model) * X).sum().backward()
+    (output(model.eval()) * X).sum().backward()
     if optimizer:
         optimizer.step()
 
@@ -377,6 +370,16 @@ OPTIMIZERS: dict[str, Any] = {
     "SGD": partial(torch.optim.SGD, lr=0.01, momentum=0.9),
     "lazy": partial(optim.LazyAdam, lr=0.01),
 }
+MOMENTS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def trained(kind: str, make: Any) -> tuple[Any, dict[str, Any], Any]:
+    model, options = built(kind)
+    optimizer = make(model.parameters())
+    for _ in range(2):
+        step(model, optimizer)
+    return model, options, optimizer
 
 
 @every
@@ -384,10 +387,390 @@ def test_gradients_are_parts_of_the_shared_one(kind: str) -> None:
     model, options = built(kind)
     apart = unshare(model, **options)
     for net in (model, apart):
-        step(net.eval())
-    shared, parts = copies(reshare(unshare(model, **options)), kind)[0] if False else None, copies(apart, kind)
-    del shared
-    for name, p in parts[0].named_parameters():
-        total = sum(dict(x.named_parameters())[name].grad for x in parts)
-        (mine,) = [q for n, q in model.named_parameters() if n.endswith(name) and q.shape == p.shape][:1]
-        close(total, mine.grad, rtol=1e-4, atol=1e-5)
+        step(net)
+    parts = [dict(x.named_parameters()) for x in copies(apart, kind)]
+    for name, p in block_of(model, kind).named_parameters():
+        close(sum(part[name].grad for part in parts), p.grad)
+
+
+@every
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_sgd_at_n_times_the_rate_moves_the_mean_as_the_shared_weight(kind: str, momentum: float) -> None:
+    """Also with momentum, if it was scaled: the copies' buffers add up to the shared one."""
+    model, options, optimizer = trained(kind, partial(torch.optim.SGD, lr=0.01, momentum=momentum))
+    other = copy.deepcopy(optimizer)  # drives no model
+    apart = unshare(model, optimizer=optimizer, state="scale", **options)
+    other.param_groups[0]["params"] = [*model.parameters()]
+    other.state = {p: x for p, x in zip(model.parameters(), other.state.values(), strict=False)}  # type: ignore
+    optimizer.param_groups[0]["lr"] *= LAYERS
+    step(model, other)
+    step(apart, optimizer)
+    parts = [dict(x.named_parameters()) for x in copies(apart, kind)]
+    for name, p in block_of(model, kind).named_parameters():
+        close(torch.stack([part[name] for part in parts]).mean(0), p)
+
+
+@every
+def test_adam_moves_each_copy_as_far_as_the_shared_weight_at_first(kind: str) -> None:
+    model, options = built(kind)
+    apart = unshare(model, **options)
+    for net in (model, apart):
+        step(net, torch.optim.Adam(net.parameters(), lr=0.01, eps=1e-30))
+    start = dict(block_of(built(kind)[0], kind).named_parameters())
+    for block in (block_of(model, kind), *copies(apart, kind)):
+        for name, p in block.named_parameters():
+            close((p - start[name]).abs(), 0.01 * (p.grad != 0), rtol=1e-3, atol=1e-6)
+
+
+@every
+@optimizers
+@pytest.mark.parametrize("mode", ["copy", "scale", "reset"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_optimizer_follows(kind: str, make: Any, mode: Any, inplace: bool) -> None:
+    model, options, optimizer = trained(kind, make)
+    optimizer.param_groups[0]["lr"] = 0.02
+    group = optimizer.param_groups[0]
+    before = {name: copy.deepcopy(optimizer.state[p]) for name, p in block_of(model, kind).named_parameters()}
+    others = [copy.deepcopy(optimizer.state[p]) for n, p in model.named_parameters() if n[:4] in ("word", "head")]
+    apart = unshare(model, optimizer=optimizer, state=mode, inplace=inplace, **options)
+    assert (apart is model) == inplace
+    assert optimizer.param_groups == [group]
+    assert {*group["params"]} == {*apart.parameters()} >= {*optimizer.state}
+    assert len(group["params"]) == len({*group["params"]})
+    assert group["lr"] == 0.02
+    exactly([optimizer.state[p] for n, p in apart.named_parameters() if n[:4] in ("word", "head")], others)
+    seen = set()
+    for block in copies(apart, kind):
+        for name, p in block.named_parameters():
+            assert p.grad is None
+            if mode == "reset":
+                assert p not in optimizer.state
+                continue
+            for key, x in optimizer.state[p].items():
+                scale = LAYERS ** -MOMENTS.get(key, 0) if mode == "scale" else 1
+                exactly(x, before[name][key] * scale)
+                seen.add(x.data_ptr() if isinstance(x, Tensor) else id(p))
+    assert mode == "reset" or len(seen) >= LAYERS * len(before)
+    step(apart, optimizer)
+    assert len({x.ffn.weight.sum().item() for x in copies(apart, kind)}) > 1
+
+
+@optimizers
+@pytest.mark.parametrize("kind", ["aliases inside", "loop inside", "albert inside"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_and_comes_back(kind: str, make: Any, inplace: bool) -> None:
+    model, options, optimizer = trained(kind, make)
+    before = [copy.deepcopy(optimizer.state[p]) for p in model.parameters()]
+    apart = unshare(model, optimizer=optimizer, **options)
+    joined = reshare(apart, optimizer=optimizer, inplace=inplace)
+    assert (joined is apart) == inplace
+    assert optimizer.param_groups[0]["params"] == [*joined.parameters()]
+    exactly([optimizer.state[p] for p in joined.parameters()], before)
+    assert len(optimizer.state) == len(before)
+    step(joined, optimizer)
+
+
+def test_scaled_by_the_share_of_calls() -> None:
+    model, options, optimizer = trained("loop", OPTIMIZERS["Adam"])
+    before = copy.deepcopy(optimizer.state[model.block.norm.bias])
+    apart: Any = unshare(model, layers=[0], optimizer=optimizer, state="scale", **options)
+    for call, share in ((0, 0.25), (3, 0.75)):
+        found = optimizer.state[apart.block[call].norm.bias]
+        exactly((found["exp_avg"], found["exp_avg_sq"]), (before["exp_avg"] * share, before["exp_avg_sq"] * share**2))
+        exactly(found["step"], before["step"])
+
+
+def test_groups_names_and_an_optimizer_of_few_parameters() -> None:
+    model: Any = within(aliases)()
+    block = model.encoder[0]
+    block.ffn.bias.requires_grad_(False)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad and "norm" not in n}
+    few = [(n, p) for n, p in named.items() if n.endswith("dense.bias")]
+    optimizer = torch.optim.SGD([{"params": [*model.head.named_parameters()]}, {"params": few, "lr": 1.0}], lr=0.1)
+    apart: Any = unshare(model, optimizer=optimizer)
+    head, copied = optimizer.param_groups
+    assert head["params"] == [apart.head.weight, apart.head.bias]
+    assert copied["params"] == [x.attention.dense.bias for x in apart.encoder]
+    assert copied["param_names"] == [f"encoder.{i}.attention.dense.bias" for i in range(LAYERS)]
+    assert (head["lr"], copied["lr"]) == (0.1, 1.0)
+    optimizer.load_state_dict(optimizer.state_dict())
+    reshare(apart, optimizer=optimizer, inplace=True)
+    assert optimizer.param_groups[1]["param_names"] == ["encoder.0.attention.dense.bias"]
+
+
+# means and distances
+
+
+def test_means_and_drift() -> None:
+    """Means over calls, of buffers too; distances by hand; the same on an ALBERT without a record."""
+    for kind in ("aliases", "loop", "albert"):
+        model, options = built(kind)
+        apart: Any = unshare(model, layers=[0], **options)
+        assert all((r.copies, r.max, r.rms) == (2, 0, 0) for r in drift_report(apart).rows)
+        with _expanded(apart):
+            blocks = copies(apart, kind)
+        with torch.no_grad():
+            for i in (0, 3):
+                blocks[i].norm.weight.fill_(1 + 4 * (i == 0))
+                blocks[i].norm.bias.fill_(0.0)
+                blocks[i].norm.running_mean.fill_(i)
+                blocks[i].attention.count.fill_(i)
+        if kind == "albert":
+            del apart._unshared
+        report = drift_report(apart)
+        (row,) = [r for r in report.rows if r.parameter.endswith("norm.weight")]
+        close((row.max, row.rms), (1.5, (9 / 4 + 3 / 4) ** 0.5 / 2))
+        assert [r.max for r in report.rows if r.parameter.endswith("norm.bias")] == [0]
+        assert str(report).splitlines()[0].split() == ["module", "parameter", "copies", "max", "rms"]
+        assert len(str(report).splitlines()) == 1 + len(report.rows)
+        block = block_of(reshare(apart), kind)
+        exactly(block.norm.weight, torch.full((DIM,), 2.0))
+        exactly(block.norm.running_mean, torch.full((DIM,), 2.25))
+        assert block.attention.count == 0
+
+
+def test_a_mean_of_equal_numbers_is_exact() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        block = nn.Linear(9, 9, dtype=dtype)
+        for n in (2, 3, 7):
+            model = nn.Sequential(*[block] * n)
+            exactly(state(reshare(unshare(model))), state(model))
+
+
+def test_inside_a_bigger_model() -> None:
+    """Hooks are on the model that was given: it may be a part, called twice, and re-shared from outside."""
+    inner = unshare(Loop().eval(), example=X)
+    outer = nn.Sequential(inner, nn.Tanh(), inner)
+    exactly(outer(X), inner(inner(X).tanh()))
+    assert drift_report(outer).rows[0].module == "0.block"
+    joined: Any = reshare(outer)
+    assert joined[0] is joined[2]
+    assert isinstance(joined[0].block, Layer)
+    exactly(joined(X), outer(X))
+
+
+# calls
+
+
+def test_calls_outside_of_a_forward_and_another_number_of_them() -> None:
+    """Clear errors, after which the next forward is right."""
+    model: Any = Loop().eval()
+    apart: Any = unshare(model, example=X)
+    wanted = model(X)
+    for calls, got in ((3, "got 3 calls"), (5, "got more than 4 calls")):
+        with pytest.raises(RuntimeError, match=f"depends on the data: {got}.*wanted 4"):
+            apart(X, calls)
+        with pytest.raises(RuntimeError, match="known only inside a forward"):
+            apart.block(X)
+        exactly(apart(X), wanted)
+    handle = apart.block[2].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        apart(X)
+    handle.remove()
+    with pytest.raises(RuntimeError, match="of 4 copies"):
+        apart.block(X)
+    exactly(apart(X), wanted)
+    exactly(apart.block[1](X), model.block(X))
+    with pytest.raises(AttributeError, match="copy for each call and no 'ffn' of its own"):
+        apart.block.ffn  # noqa: B018
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # counting runs without gradients
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    """Of the whole model it is right; of a part it is refused, for its second forward does not know which call."""
+    model, x = Loop().eval(), X.clone().requires_grad_()
+    apart: Any = unshare(model, example=X)
+    apart(x).sum().backward()
+    wanted, x.grad = x.grad, None
+    checkpoint(apart, x, use_reentrant=reentrant).sum().backward()
+    exactly(x.grad, wanted)
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Linear(DIM, DIM)
+
+        def forward(self, x: Tensor) -> Any:
+            for _ in range(2):
+                x = checkpoint(self.block, x.tanh(), use_reentrant=reentrant)  # type: ignore[assignment]
+            return x
+
+    parts = unshare(Parts(), example=X)
+    with pytest.raises(RuntimeError, match="checkpoint it as a whole"):
+        parts(x).sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["aliases inside", "loop inside", "albert inside"])
+def test_copied_pickled_and_compiled(kind: str) -> None:
+    model, options = built(kind)
+    apart = unshare(model.eval(), **options)
+    wanted, file = model(X), io.BytesIO()
+    torch.save(apart, file)
+    file.seek(0)
+    for other in (copy.deepcopy(apart), pickle.loads(pickle.dumps(apart)), torch.load(file, weights_only=False)):
+        exactly(other(X), wanted)
+        assert other._unshared == apart._unshared
+        assert not {*other.parameters()} & {*apart.parameters()}
+        exactly(reshare(other)(X), wanted)
+    for backend in ("eager", "aot_eager"):
+        torch.compiler.reset()
+        counter: Any = CompileCounterWithBackend(backend)
+        whole = apart if backend == "eager" else nn.Sequential(apart, nn.Identity())  # hooks on the root, and inside
+        fast: Any = torch.compile(whole, backend=counter, fullgraph=True)
+        for _ in range(3):
+            found = fast(X)
+        close(found, wanted)
+        assert counter.frame_count == 1
+        found.sum().backward()
+    torch.compiler.reset()
+    exactly(apart(X), wanted)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """DDP and FSDP2 over two gloo processes are one process with the joined batch."""
+    script = Path(__file__).with_name("unshare_on_two.py")
+    command = [sys.executable, "-W", "error", str(script), str(tmp_path / "store")]
+    ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    errors = [rank.communicate(timeout=100)[1] for rank in ranks]
+    for rank, text in zip(ranks, errors, strict=True):
+        assert rank.returncode == 0, text[-3000:]
+
+
+# what is refused
+
+
+def _optimizers(model: nn.Module) -> dict[str, Any]:
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    strange = torch.optim.Adadelta(model.parameters())
+    step(model, strange)
+    return {
+        "wrapped": optim.Lookahead(inner),
+        "lbfgs": torch.optim.LBFGS(model.parameters()),
+        "other": torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1),
+        "strange": strange,
+    }
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"pattern": "blok"}, "pattern 'blok' matches no module; the nearest are block"),
+    ({"pattern": ["block", "x.y"]}, "'x.y' matches no module"),
+    ({"pattern": "relu"}, "nothing that 'relu' matches is called more than once in a forward of the example"),
+    ({"layers": range(2), "groups": 2}, "layers and groups exclude one another"),
+    ({"layers": range(5)}, "layers must be below 4, the number of calls of block, got 4"),
+    ({"layers": []}, r"layers must be numbers of calls from 0, such as range\(2\), got \[\]"),
+    ({"layers": [-1]}, "layers must be numbers of calls from 0"), ({"groups": 0}, "groups must be at least 1, got 0"),
+    ({"groups": 5}, "groups must be at most 4, the number of calls of block, got 5"),
+    ({"state": "clone"}, "state must be 'copy', 'scale' or 'reset', got 'clone'"),
+    ({"optimizer": "wrapped"}, "Lookahead wraps another optimizer: give that one, Lookahead.optimizer"),
+    ({"optimizer": "lbfgs"}, "LBFGS keeps one state"), ({"optimizer": None}, "must be a torch optimizer, got int"),
+    ({"optimizer": "other"}, "SGD drives none of the model's parameters"),
+    ({"optimizer": "strange", "state": "scale"}, "no rule for acc_delta of Adadelta: take 'copy' or 'reset'"),
+    ({"example": 3}, "example must be a tuple of arguments"), ({"example": (X, 2, 3)}, "positional argument"),
+    ({"example": (X, 1)}, "no module with parameters is called more than once in a forward of the example"),
+    ({"example": None}, "no module with parameters stands in several places; give example="),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_is_refused(inplace: bool) -> None:
+    """And the model and the optimizer are as they were."""
+    model = Loop()
+    choice = _optimizers(model)
+    before, modules = state(model), [*model.named_modules()]
+    for options, message in WRONG:
+        given = {"example": X, "inplace": inplace, **options}
+        optimizer = None
+        if "optimizer" in options:
+            given["optimizer"] = optimizer = choice.get(options["optimizer"], 3)
+        saved = [[*g["params"]] for g in getattr(optimizer, "param_groups", [])]
+        with pytest.raises((ValueError, TypeError), match=message):
+            unshare(model, **given)
+        exactly(state(model), before)
+        assert [*model.named_modules()] == modules
+        assert not any(x._forward_pre_hooks or x._forward_hooks for x in model.modules())
+        assert [g["params"] for g in getattr(optimizer, "param_groups", [])] == saved
+    albert: Any = Albert()
+    group = albert.albert_layer_groups[0]
+    with pytest.raises(ValueError, match="layers must be below 4"):
+        unshare(albert, layers=[7], inplace=inplace)
+    assert [*albert.albert_layer_groups] == [group]
+    assert albert.config.num_hidden_groups == 1
+    apart: Any = unshare(model, example=X)
+    apart.block[1].ffn = nn.Linear(DIM, 7)
+    with pytest.raises(ValueError, match="of other names or shapes"):
+        reshare(apart, inplace=inplace)
+    assert isinstance(apart.block, PerCall)
+    apart.block = nn.Identity()
+    with pytest.raises(ValueError, match="not where they were put"):
+        drift_report(apart)
+
+
+# transformers
+
+
+@pytest.fixture(scope="module")
+def albert() -> Iterator[Any]:
+    """transformers' models; the repository's `kernels` is not the package of that name that transformers looks for."""
+    root = Path(__file__).resolve().parents[2]
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "path", [path for path in sys.path if path and Path(path).resolve() != root])
+        warnings.simplefilter("ignore")
+        pytest.importorskip("transformers", reason="un-shares its ALBERT: pip install transformers")
+        yield importlib.import_module("transformers.models.albert")
+
+
+IDS = torch.arange(12).view(2, 6)
+
+
+def bert(albert: Any, kind: str = "AlbertForMaskedLM", **options: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "embedding_size": 8, "hidden_size": 16, "intermediate_size": 16}
+    config = albert.AlbertConfig(**sizes, num_attention_heads=2, num_hidden_layers=4, **options)
+    return getattr(albert, kind)(config).eval()
+
+
+def logits(model: Any) -> Tensor:
+    return model(IDS)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("inner", [1, 2])
+@pytest.mark.parametrize(
+    "asked", [{}, {"groups": 2}, {"pattern": "*.attention"}, {"pattern": "*.ffn*"}, {"layers": range(2)}], ids=str
+)
+def test_transformers(albert: Any, asked: Any, inner: int, tmp_path: Path) -> None:
+    """The library's own layout: it saves and loads without us, to the bit, and is as it was when re-shared."""
+    model = bert(albert, inner_group_num=inner)
+    apart: Any = unshare(model, **asked)
+    encoder = apart.albert.encoder
+    groups = asked.get("groups", 4)
+    assert apart.config is encoder.config is apart.albert.config
+    assert apart.config.num_hidden_groups == len(encoder.albert_layer_groups) == groups
+    exactly(logits(apart), logits(model))
+    assert apart.predictions.decoder.weight is apart.get_input_embeddings().weight
+    whole = {} if {*asked} <= {"groups"} else {"state_dict": {k: x.clone() for k, x in apart.state_dict().items()}}
+    apart.save_pretrained(tmp_path, **whole)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert loaded.config.num_hidden_groups == groups
+    exactly(logits(loaded), logits(model))
+    assert size(unshare(loaded)) == size(unshare(model))
+    joined: Any = reshare(apart)
+    assert joined.config.num_hidden_groups == 1
+    exactly(state(joined), state(model))
+    exactly(state(reshare(loaded)), state(model))
+    joined.save_pretrained(tmp_path / "back")
+    exactly(logits(type(model).from_pretrained(tmp_path / "back").eval()), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["AlbertModel", "AlbertForSequenceClassification", "AlbertForTokenClassification"])
+def test_transformers_heads(albert: Any, kind: str) -> None:
+    """In training with dropout from one seed; hidden states of every layer; and steps make layers differ."""
+    model = bert(albert, kind, attention_probs_dropout_prob=0.1, hidden_dropout_prob=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    apart = unshare(model, optimizer=optimizer)
+    found, wanted = ([output(x.train(), IDS), x.eval()(IDS, output_hidden_states=True)] for x in (apart, model))
+    exactly(found[0][0], wanted[0][0])
+    exactly(found[1].hidden_states, wanted[1].hidden_states)
+    apart.train()(IDS)[0].square().sum().backward()
+    optimizer.step()
+    assert min(row.max for row in drift_report(apart).rows if row.parameter.endswith("ffn.weight")) > 0
