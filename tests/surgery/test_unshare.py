@@ -117,7 +117,7 @@ def aliases() -> nn.Module:
     return nn.Sequential(*[Layer(None)] * LAYERS)
 
 
-def within(encoder: Callable[[], nn.Module], **options: Any) -> Callable[[], nn.Module]:
+def within(encoder: Callable[[], nn.Module], **options: Any) -> Callable[[], Any]:
     return lambda: Within(encoder(**options))
 
 
@@ -130,6 +130,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "albert inside": (within(Albert), None, "encoder.albert_layer_groups.{}.albert_layers.0"),
 }
 every = pytest.mark.parametrize("kind", MODELS)
+inside = pytest.mark.parametrize("kind", [kind for kind in MODELS if "inside" in kind])
 
 
 def built(kind: str) -> tuple[Any, dict[str, Any]]:
@@ -166,7 +167,7 @@ def size(model: nn.Module) -> int:
 def test_full(kind: str) -> None:
     model, options = built(kind)
     before, ones = state(model), copies(model, kind) if "aliases" in kind else []
-    apart = unshare(model, **options)
+    apart: Any = unshare(model, **options)
     exactly(state(model), before)
     assert len({*ones}) <= 1
     assert not model._forward_hooks
@@ -232,7 +233,7 @@ def test_parts(kind: str, inner: str, other: str) -> None:
     same_outputs(joined, model)
 
 
-@every
+@inside
 @pytest.mark.parametrize(
     ("asked", "wanted"),
     [({"groups": 1}, "0000"), ({"groups": 2}, "0011"), ({"groups": 3}, "0012"), ({"groups": 4}, "0123"),
@@ -265,7 +266,7 @@ def _expanded(model: Any) -> Any:
 @pytest.mark.parametrize("inner", [1, 2])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_albert_keeps_its_layout(groups: int, inner: int) -> None:
-    model = Within(Albert(groups, inner))
+    model: Any = Within(Albert(groups, inner))
     for asked, wanted in (({}, LAYERS), ({"groups": 2}, 2), ({"pattern": "*.attention"}, LAYERS)):
         apart: Any = unshare(model, **asked)  # type: ignore[arg-type]
         assert len(apart.encoder.albert_layer_groups) == apart.encoder.config.num_hidden_groups == wanted
@@ -277,7 +278,29 @@ def test_albert_keeps_its_layout(groups: int, inner: int) -> None:
             exactly(state(joined), state(model))
             assert joined.encoder.config.num_hidden_groups == groups
     del apart._unshared
-    assert len(reshare(apart).encoder.albert_layer_groups) == 1
+    joined = reshare(apart)
+    assert len(joined.encoder.albert_layer_groups) == 1
+
+
+def test_checkpoints_of_a_list_fit_both_ways() -> None:
+    """Names are the same; of copies that differ the last one wins, as torch has it."""
+    model: Any = aliases()
+    apart: Any = unshare(model)
+    assert [*apart.state_dict()] == [*model.state_dict()]
+    nn.init.zeros_(apart[-1].norm.weight)
+    model.load_state_dict(apart.state_dict())
+    exactly(model[0].norm.weight, apart[-1].norm.weight)
+
+
+def test_an_example_adds_what_is_called_repeatedly() -> None:
+    """An ALBERT has its own layout still, and a loop elsewhere is found in the same pass."""
+    model = nn.Sequential(Albert(), Loop())
+    apart: Any = unshare(model, example=X)
+    assert len(apart[0].albert_layer_groups) == len(apart[1].block) == LAYERS
+    assert str(apart._unshared).count("4 calls, 4 copies") == 2
+    same_outputs(apart, model)
+    same_outputs(reshare(apart), model)
+    exactly(state(unshare(apart, example=X)), state(apart))
 
 
 def test_two_encoders_of_one_config() -> None:
@@ -305,9 +328,10 @@ def test_what_stays_shared() -> None:
 
 
 def test_inner_sharing_stays_inside_each_copy() -> None:
-    block = nn.Sequential(*[nn.Linear(DIM, DIM)] * 2)
+    block: Any = nn.Sequential(*[nn.Linear(DIM, DIM)] * 2)
     apart: Any = unshare(nn.Sequential(block, block))
-    for model in (apart, unshare(apart)):
+    again: Any = unshare(apart)
+    for model in (apart, again):
         assert model[0][0] is model[0][1] is not model[1][0]
     deeper: Any = unshare(apart, "*.*")
     assert deeper[0][0] is not deeper[0][1]
@@ -422,10 +446,9 @@ def test_adam_moves_each_copy_as_far_as_the_shared_weight_at_first(kind: str) ->
             close((p - start[name]).abs(), 0.01 * (p.grad != 0), rtol=1e-3, atol=1e-6)
 
 
-@every
+@inside
 @optimizers
-@pytest.mark.parametrize("mode", ["copy", "scale", "reset"])
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("mode", "inplace"), [("copy", False), ("scale", True), ("reset", False), ("copy", True)])
 def test_the_optimizer_follows(kind: str, make: Any, mode: Any, inplace: bool) -> None:
     model, options, optimizer = trained(kind, make)
     optimizer.param_groups[0]["lr"] = 0.02
@@ -456,7 +479,7 @@ def test_the_optimizer_follows(kind: str, make: Any, mode: Any, inplace: bool) -
 
 
 @optimizers
-@pytest.mark.parametrize("kind", ["aliases inside", "loop inside", "albert inside"])
+@inside
 @pytest.mark.parametrize("inplace", [False, True])
 def test_and_comes_back(kind: str, make: Any, inplace: bool) -> None:
     model, options, optimizer = trained(kind, make)
@@ -485,8 +508,9 @@ def test_groups_names_and_an_optimizer_of_few_parameters() -> None:
     block = model.encoder[0]
     block.ffn.bias.requires_grad_(False)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad and "norm" not in n}
-    few = [(n, p) for n, p in named.items() if n.endswith("dense.bias")]
-    optimizer = torch.optim.SGD([{"params": [*model.head.named_parameters()]}, {"params": few, "lr": 1.0}], lr=0.1)
+    few: list[Any] = [(n, p) for n, p in named.items() if n.endswith("dense.bias")]
+    given: list[Any] = [{"params": [*model.head.named_parameters()]}, {"params": few, "lr": 1.0}]
+    optimizer = torch.optim.SGD(given, lr=0.1)
     apart: Any = unshare(model, optimizer=optimizer)
     head, copied = optimizer.param_groups
     assert head["params"] == [apart.head.weight, apart.head.bias]
@@ -601,7 +625,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
         parts(x).sum().backward()
 
 
-@pytest.mark.parametrize("kind", ["aliases inside", "loop inside", "albert inside"])
+@inside
 def test_copied_pickled_and_compiled(kind: str) -> None:
     model, options = built(kind)
     apart = unshare(model.eval(), **options)
@@ -613,12 +637,12 @@ def test_copied_pickled_and_compiled(kind: str) -> None:
         assert other._unshared == apart._unshared
         assert not {*other.parameters()} & {*apart.parameters()}
         exactly(reshare(other)(X), wanted)
-    for backend in ("eager", "aot_eager"):
+    for backend in ("eager", "aot_eager") if "loop" in kind else ("eager",):
         torch.compiler.reset()
         counter: Any = CompileCounterWithBackend(backend)
         whole = apart if backend == "eager" else nn.Sequential(apart, nn.Identity())  # hooks on the root, and inside
         fast: Any = torch.compile(whole, backend=counter, fullgraph=True)
-        for _ in range(3):
+        for _ in range(2):
             found = fast(X)
         close(found, wanted)
         assert counter.frame_count == 1
