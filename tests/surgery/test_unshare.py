@@ -545,6 +545,7 @@ def test_means_and_drift() -> None:
         (row,) = [r for r in report.rows if r.parameter.endswith("norm.weight")]
         close((row.max, row.rms), (1.5, (9 / 4 + 3 / 4) ** 0.5 / 2))
         assert [r.max for r in report.rows if r.parameter.endswith("norm.bias")] == [0]
+        assert all(r.max == 0 for r in report.rows if "norm" not in r.parameter)
         assert str(report).splitlines()[0].split() == ["module", "parameter", "copies", "max", "rms"]
         assert len(str(report).splitlines()) == 1 + len(report.rows)
         block = block_of(reshare(apart), kind)
