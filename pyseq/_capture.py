@@ -560,19 +560,22 @@ def signature(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, buffers, modes and random numbers are as before afterwards."""
+def untouched(model: nn.Module, *more: Tensor) -> Iterator[None]:
+    """Without gradients; behind it buffers, the tensors named, modes and random numbers are as before."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(x, x.detach().clone()) for x in model.buffers()]
+    buffers = [(m, name, x) for m in model.modules() for name, x in m.named_buffers(recurse=False)]
+    tensors = [(x, x.detach().clone()) for x in (*model.buffers(), *more)]
     devices = {x.device for x in (*model.parameters(), *model.buffers()) if x.is_cuda}
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
             yield
     finally:
-        with torch.no_grad():
-            for x, old in buffers:
-                if not torch.equal(x, old):
-                    x.copy_(old)
+        for module, name, x in buffers:  # a forward pass may have put others in their place
+            if getattr(module, name) is not x:
+                setattr(module, name, x)
+        for x, old in tensors:
+            if not torch.equal(x, old):  # a copy would spoil graphs that hold the tensor
+                x.detach().copy_(old)
         for module, mode in modes:
             module.training = mode
 

@@ -1,11 +1,11 @@
 """Modules that are called several times in one forward: counting their calls, and giving each call its own copy."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+from pyseq._capture import arguments, untouched
 
 OUTSIDE = -1
 
@@ -134,40 +134,13 @@ def count_calls(model: nn.Module, example: Any) -> list[tuple[str, int]]:
     >>> count_calls(nn.Sequential(nn.Linear(2, 2), relu, nn.Linear(2, 2), relu), torch.ones(1, 2))
     [('', 1), ('0', 1), ('1', 2), ('2', 1)]
     """
-    args, kwargs = arguments(example)
+    args, kwargs = arguments(model, example)
     names, count = {module: name for name, module in model.named_modules()}, _Count()
     handles = [module.register_forward_pre_hook(count) for module in names]
     try:
-        with torch.no_grad(), _as_before(model):
+        with untouched(model):
             model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
     return [(names[module], n) for module, n in count.calls.items()]
-
-
-def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """An example as positional and keyword arguments, or TypeError."""
-    if isinstance(example, Tensor):
-        return (example,), {}
-    if isinstance(example, Mapping):
-        return (), {**example}
-    if isinstance(example, (tuple, list)):
-        return (*example,), {}
-    wanted = "a tuple of arguments, a dict of keyword arguments or a tensor"
-    raise TypeError(f"example must be {wanted}, got {type(example).__name__}")
-
-
-@contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
-    """Behind the block buffers are the same tensors with the same values, and random numbers go on as before it."""
-    kept = [
-        (m._buffers, name, x, x.clone()) for m in model.modules() for name, x in m._buffers.items() if x is not None
-    ]
-    cuda = {x.device.index for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=[*cuda]):
-            yield
-    finally:
-        for buffers, name, x, value in kept:
-            buffers[name] = x.copy_(value)

@@ -1,16 +1,18 @@
 """Modules of a model replaced, inserted and removed, each with a way back."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from pyseq._capture import arguments
+from pyseq.surgery._calls import PerCall, count_calls
 from pyseq.surgery._places import Match, refuse_nested, resolve
 from pyseq.surgery._ties import memory
 from pyseq.surgery._trial import Call, trial
-from pyseq.surgery._undo import Edit, count, short
+from pyseq.surgery._undo import Edit, Place, count, short
 
 New = nn.Module | Callable[[nn.Module], nn.Module]
 INPUTS = ("in_features", "in_channels", "num_features", "num_channels", "normalized_shape", "input_size")
@@ -53,6 +55,8 @@ def replace(
 
     where: a module path ("layer3.1"), or a glob over paths ("*.relu"; a star also matches dots): every match. A module
     that has several names is replaced under those that match; in a parent that has several names, under all of them.
+    "block#1" is one call of a module that is called several times, counted from 0 in a forward pass of the example: the
+    module becomes a `PerCall` with children "0", "1", ..., all the old one but this; see `unshare` for what that asks.
     new: a module, put at all matches and shared by them; or a function from the old module to the new one, called once
     for each old module. It takes the old one's training flag, what is new in it; its hooks are its own.
     example: a tuple of arguments, a dict of keywords, or one tensor: the model is run on it before and after, without
@@ -70,6 +74,9 @@ def replace(
     >>> model(torch.ones(1, 2)).shape
     torch.Size([1, 3])
     """
+    if isinstance(where, str) and "#" in where:
+        at = partial(replace, model, new=new, example=example, keep_shape=keep_shape, break_ties=break_ties)
+        return _one_call(model, where, example, at)
     matches = resolve(model, where)
     refuse_nested(matches)
     made: dict[int, nn.Module] = {}
@@ -102,6 +109,9 @@ def remove(
     >>> print(remove(model, "1"))
     remove 1: ReLU -> PassThrough; parameters 9 -> 9
     """
+    if isinstance(where, str) and "#" in where:
+        at = partial(remove, model, example=example, keep_shape=keep_shape, break_ties=break_ties)
+        return _one_call(model, where, example, at)
     matches = resolve(model, where)
     refuse_nested(matches)
     for name, _, _, old in matches:
@@ -121,6 +131,7 @@ def insert_after(model: nn.Module, where: str, module: New, *, example: Any = No
     The new module becomes the last child of an nn.Sequential, else a child "after" (or "after_1", ...) of the old one,
     which a forward hook applies after the hooks that are there: all other names stay. It is called with the old
     module's output as its one argument.
+    where: as for `replace`; behind one call ("block#1") old and new one form an nn.Sequential, of one argument.
     module: a module, or a function from the old module to the one to insert. Other arguments, result and errors are
     those of `replace`; ValueError also for a module that has other names which do not match, as all would change, and
     for lists and dicts of modules, which are never called.
@@ -130,6 +141,14 @@ def insert_after(model: nn.Module, where: str, module: New, *, example: Any = No
     >>> [*dict(model.named_modules())]
     ['', '0', '0.after', '1']
     """
+    if isinstance(where, str) and "#" in where:
+
+        def behind(old: nn.Module) -> nn.Module:
+            return nn.Sequential(old, module if isinstance(module, nn.Module) else module(old))
+
+        return _one_call(
+            model, where, example, partial(replace, model, new=behind, example=example, keep_shape=keep_shape)
+        )
     matches = resolve(model, where)
     names = {match.name for match in matches}
     unique = {id(match.old): match for match in reversed(matches)}
@@ -175,6 +194,31 @@ def insert_after(model: nn.Module, where: str, module: New, *, example: Any = No
     olds = [match.old for match, _ in made]
     _carry_out(model, edit, apply, (olds, olds), example, keep_shape, True)
     return edit
+
+
+def _one_call(model: nn.Module, where: str, example: Any, edit: Callable[[str], Edit]) -> Edit:
+    """An edit of one call: the module becomes one for each call first."""
+    path, _, call = where.partition("#")
+    ((name, parent, key, old), *others) = resolve(model, path)
+    if others or [m for _, m in model.named_modules(remove_duplicate=False)].count(old) > 1:
+        raise ValueError(f"{where!r}: {name} has several names, which tell its calls apart; edit one of these")
+    first = Edit("", ())
+    if example is None and not isinstance(old, PerCall):
+        raise ValueError(f"{where!r}: give example=, arguments of the model by which calls of {path} are counted")
+    calls = len(old) if isinstance(old, PerCall) else dict(count_calls(model, example)).get(path, 0)
+    if calls < 2 or not call.isdecimal() or int(call) >= calls:
+        raise ValueError(f"{where!r}: {path} is called {calls} times in a forward pass, and calls count from 0")
+    try:
+        if not isinstance(old, PerCall):
+            apart = PerCall([old] * calls)
+            first._put(parent, key, apart)
+            first._places += [Place(apart, str(i), old, old) for i in range(calls) if i != int(call)]  # undone before
+            first._count(model, [path])
+        done = edit(f"{path}.{call}")
+    except BaseException:
+        first._restore()
+        raise
+    return done._follows(first)
 
 
 def _replaced(

@@ -20,12 +20,10 @@ def resolve(model: nn.Module, where: str) -> list[Match]:
     """Places of a path, or of a glob over paths, under all their names, in the order of named_modules.
 
     A place has several names where the module that holds it has.
-    Raises ValueError for the root, a call ("block#1"), and where nothing matches.
+    Raises ValueError for the root, and where nothing matches.
     """
     if not isinstance(where, str):
         raise TypeError(f"where must be a module path or a pattern, a str, got {type(where).__name__}")
-    if "#" in where:
-        raise ValueError(f"{where!r} is one call of a module: an edit changes all of them; name the module")
     modules = dict(model.named_modules(remove_duplicate=False))
     if where == "":
         raise ValueError("the model itself cannot be edited, only what is in it: name a module inside")

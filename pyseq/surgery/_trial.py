@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from pyseq._capture import arguments
+from pyseq._capture import arguments, untouched
 
 
 class Call(NamedTuple):
@@ -36,30 +35,16 @@ def trial(model: nn.Module, example: Any, watched: list[nn.Module], calls: list[
     """
     seen: list[tuple[Tensor, ...]] = []
     out: tuple[Tensor, ...] = ()
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                stack.callback(setattr, module, name, buffer)
-        tensors = [*model.buffers(), *leaves(list(example.values()) if isinstance(example, dict) else example)]
-        tensors += [m.weight for m in model.modules() if getattr(m, "max_norm", None) is not None]  # type: ignore[misc]
-        for tensor in tensors:
-            stack.callback(_restore, tensor, tensor.clone())
-        devices = {t.device.index for t in [*model.parameters(), *tensors] if t.is_cuda}
-        stack.enter_context(torch.random.fork_rng(devices))
+    args, kwargs = arguments(model, example)
+    weights = [m.weight for m in model.modules() if getattr(m, "max_norm", None) is not None]
+    with untouched(model, *leaves((args, kwargs)), *weights), ExitStack() as stack:  # type: ignore[arg-type]
         for module in {id(m): m for m in watched}.values():
             handle = module.register_forward_hook(lambda _m, _args, output: seen.append((*leaves(output),)))
             stack.callback(handle.remove)
         try:
-            args, kwargs = arguments(model, example)
             out = (*leaves(model(*args, **kwargs)),)
         finally:
             for given in seen:
                 shapes = tuple((*t.shape,) for t in given)
                 is_output = all(any(t is o for o in out) for t in given)
                 calls.append(Call(shapes[0] if len(shapes) == 1 else shapes, is_output))
-
-
-def _restore(tensor: Tensor, value: Tensor) -> None:
-    if not torch.equal(tensor, value):  # a copy would spoil graphs that hold the tensor
-        tensor.detach().copy_(value)

@@ -1,11 +1,13 @@
 """What an edit changed, and the way back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
+
+from pyseq.surgery._calls import attach
 
 
 class Absent:
@@ -50,6 +52,7 @@ class Edit:
         self._places: list[Place] = []
         self._hooks: list[tuple[nn.Module, RemovableHandle]] = []
         self._modes: list[tuple[nn.Module, bool]] = []
+        self._counted: list[tuple[dict[int, Any], dict[int, Any], set[int]]] = []
         self._undone = False
 
     def undo(self) -> None:
@@ -84,6 +87,10 @@ class Edit:
                 setattr(owner, name, before)
         for _, handle in self._hooks:
             handle.remove()
+        for hooks, before, added in self._counted:
+            kept = {key: hook for key, hook in hooks.items() if key not in added}
+            hooks.clear()
+            hooks.update({**before, **kept})
         for module, mode in reversed(self._modes):
             module.training = mode
         self._undone = True
@@ -97,6 +104,18 @@ class Edit:
     def _hook(self, owner: nn.Module, hook: Callable[..., Any]) -> None:
         """Register a forward hook."""
         self._hooks.append((owner, owner.register_forward_hook(hook)))
+
+    def _count(self, model: nn.Module, paths: Iterable[str]) -> None:
+        """Let the model count the calls of PerCall modules at these paths."""
+        tables: Any = (model._forward_pre_hooks, model._forward_hooks, model._forward_hooks_always_called)
+        before = [{**hooks} for hooks in tables]
+        attach(model, paths)
+        self._counted += [(now, old, {*now} - {*old}) for now, old in zip(tables, before, strict=True)]
+
+    def _follows(self, first: "Edit") -> "Edit":
+        """The edit as one with what was done for it."""
+        self._places[:0], self._counted[:0] = first._places, first._counted
+        return self
 
     def _mode(self, module: nn.Module, training: bool) -> None:
         """Set the training flag of this module alone."""

@@ -223,7 +223,9 @@ FAILURES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "unknown": (lambda m: replace(m, "blocks.0.rel", nn.GELU()), ValueError, "nearest: blocks.0.relu"),
     "no match": (lambda m: remove(m, "*.gelu"), ValueError, r"no module of the model matches '\*.gelu'"),
     "root": (lambda m: remove(m, ""), ValueError, "the model itself cannot be edited"),
-    "call": (lambda m: insert_after(m, "blocks.0#1", nn.Tanh()), ValueError, "one call of a module"),
+    "call without example": (lambda m: insert_after(m, "chain#1", nn.Tanh()), ValueError, "give example="),
+    "call of one": (lambda m: replace(m, "chain#1", nn.Tanh(), example=X), ValueError, "chain is called 1 times"),
+    "call of an alias": (lambda m: replace(m, "blocks.0#1", nn.Tanh(), example=X), ValueError, "several names"),
     "no path": (lambda m: remove(m, any_["path"]), TypeError, "got int"),
     "nested": (lambda m: remove(m, "blocks.2*"), ValueError, "blocks.2 and blocks.2.drop, which is inside"),
     "class": (lambda m: replace(m, "chain.1", any_["class"]), TypeError, "got the class GELU"),
@@ -405,3 +407,40 @@ def test_edits_are_pickled_with_their_model() -> None:
     edit.undo()
     assert [x[0] for x in trace(again)] == before
     assert not again.head._forward_hooks
+
+
+class Loop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.relu(self.block(x))
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def test_one_call() -> None:
+    """Of a module that is called several times; undone in reverse, nothing is left."""
+    torch.manual_seed(0)
+    model, new = Loop(), nn.Linear(4, 4)
+    model.register_forward_pre_hook(lambda *_: None)
+    before, block = trace(model), model.block
+    expected = model(X)
+    second = replace(model, "block#1", new, example=X)
+    x = torch.relu(block(torch.relu(new(torch.relu(block(X))))))
+    close(model(X), model.head(x), rtol=0, atol=0)
+    assert second.parameters == (30, 50)
+    third = insert_after(model, "block#2", nn.Tanh(), example=X)
+    first = remove(model, "block#0", example=X)
+    x = torch.relu(torch.tanh(block(torch.relu(new(torch.relu(X))))))
+    close(model(X), model.head(x), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="undo the later edits first"):
+        second.undo()
+    for edit in (first, third, second):
+        edit.undo()
+    assert trace(model) == before
+    close(model(X), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="no longer runs"):
+        replace(model, "block#1", nn.Linear(4, 3), example=X)
+    assert trace(model) == before

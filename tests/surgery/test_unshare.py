@@ -372,7 +372,7 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), random)
     assert not any(x._forward_pre_hooks for x in model.modules())
     assert model.training
-    with pytest.raises(TypeError, match=r"example must be a tuple of arguments, .* got int"):
+    with pytest.raises(TypeError, match=r"example must be a tuple of the model's arguments, .* got int"):
         count_calls(model, 3)
 
 
@@ -691,7 +691,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": "lbfgs"}, "LBFGS keeps one state"), ({"optimizer": None}, "must be a torch optimizer, got int"),
     ({"optimizer": "other"}, "SGD drives none of the model's parameters"),
     ({"optimizer": "strange", "state": "scale"}, "no rule for acc_delta of Adadelta: take 'copy' or 'reset'"),
-    ({"example": 3}, "example must be a tuple of arguments"), ({"example": (X, 2, 3)}, "positional argument"),
+    ({"example": 3}, "example must be a tuple of the model's arguments"), ({"example": (X, 2, 3)}, "positional argument"),
     ({"example": (X, 1)}, "no module with parameters is called more than once in a forward of the example"),
     ({"example": None}, "no module with parameters stands in several places; give example="),
 ]  # fmt: skip
