@@ -1,6 +1,6 @@
 """A forward pass as a graph of named nodes, for surgery and initialisation.
 
-The model runs on an example, in training and in evaluation mode, and its Python code sees stand-ins (`Value`) that
+The model runs on an example, in training and in evaluation mode, and its Python code sees stand-ins that
 carry the real tensors and sizes: what it computes with them is recorded, and a branch that hangs on a tensor's values
 cannot be. Modules of torch, and those whose code cannot be recorded, are nodes as they are, unless asked to be opened.
 """
@@ -27,6 +27,7 @@ FACTORIES = (
     "arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "tensor",
     "tril_indices", "triu_indices", "zeros",
 )  # fmt: skip
+SIZED = ("broadcast_to", "chunk", "narrow", "repeat_interleave", "reshape", "roll", "split", "tile", "unflatten")
 FLOATS = ("ceil", "exp", "floor", "log", "log2", "log10", "pow", "prod", "sqrt")  # of math
 PLAIN = ("dim", "ndimension", "get_device", "element_size", "untyped_storage", "data_ptr")  # asked once, never recorded
 VALUES = ("item", "tolist", "numpy", "__array__", "is_nonzero", "equal", "allclose")  # read a tensor's values
@@ -39,6 +40,7 @@ BINARY = (
 COMPARED = ("eq", "ne", "lt", "le", "gt", "ge")
 OWN = Path(__file__)
 HERE = (str(Path(torch.__file__).parent), mock.__file__, str(OWN), str(OWN.with_name("surgery")))
+APPLY = torch.autograd.Function.__dict__["apply"]
 LOCK = threading.RLock()
 
 
@@ -50,7 +52,7 @@ def mapped(change: Callable[[Any], Any], tree: Any, build: bool = False) -> Any:
     """A structure of tuples, lists, dicts, slices and dataclasses (as Built, unless build) with its leaves changed."""
     again = partial(mapped, change, build=build)
     kind = type(tree)
-    if kind in (Node, Value):
+    if kind is Node or kind in STAND_INS:
         return change(tree)
     if isinstance(tree, tuple):
         return kind(*map(again, tree)) if hasattr(tree, "_fields") else tuple(map(again, tree))
@@ -149,69 +151,48 @@ class Sizes(tuple[Any, ...]):
 
 
 class Value:
-    """What the model's code sees for a tensor, a size, or another object that a node gave."""
-
-    __slots__ = ("_node", "_real", "_trace")
+    """What the model's code sees for a size, or for another object that a node gave; of a tensor, `TensorValue`."""
 
     def __init__(self, trace: "Trace", node: Node, real: Any) -> None:
         self._trace, self._node, self._real = trace, node, real
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
-        return Tensor if isinstance(self._real, Tensor) else type(self._real)
+        return type(self._real)  # never a tensor's: C code would take this object for one
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        trace = next(x for x in leaves((args, kwargs or {})) if type(x) is Value)._trace
-        name = func.__name__
-        if torch.overrides.is_tensor_method_or_property(func) and name != "__get__":
-            return trace.method(name, *args, **(kwargs or {}))
-        return trace.function(func, args, kwargs or {}, name)
+        return dispatched(func, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(self._real, name)
-        if not isinstance(self._real, Tensor):
-            if callable(real):
-                raise Uncapturable(f"{name}() of {type(self._real).__name__} at {place()}")
-            return self._trace.function(getattr, (self, name), {}, name) if isinstance(real, Tensor) else real
         if callable(real):
-            return partial(self._trace.method, name, self)
-        if name in ("shape", "device") or isinstance(real, Tensor):
-            return self._trace.function(getattr, (self, name), {}, name)
-        return real
+            raise Uncapturable(f"{name}() of {type(self._real).__name__} at {place()}")
+        return self._trace.function(getattr, (self, name), {}, name) if isinstance(real, Tensor) else real
 
     def __getitem__(self, index: Any) -> Any:
         return self._trace.function(operator.getitem, (self, index), {}, "getitem")
-
-    def __setitem__(self, index: Any, new: Any) -> None:
-        self._trace.function(operator.setitem, (self, index, new), {}, "setitem")
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
 
     def __len__(self) -> int:
-        size = self.shape[0] if isinstance(self._real, Tensor) else self
-        return int(size if isinstance(self._real, Tensor) else len(self._real))
-
-    def _read(self, number: bool = True) -> Any:
-        if isinstance(self._real, Tensor):
-            raise Uncapturable(f"the values of a tensor are read at {place()}")
-        return self._trace.guard(self, number)
+        return len(self._real)
 
     def __bool__(self) -> bool:
-        return bool(self._read(number=False))
+        return bool(self._trace.guard(self, number=False))
 
     def __int__(self) -> int:
-        return int(self._read())
+        return int(self._trace.guard(self, number=True))
 
     def __float__(self) -> float:
-        return float(self._read())
+        return float(self._trace.guard(self, number=True))
 
     def __index__(self) -> int:
-        return operator.index(self._read())
+        return operator.index(self._trace.guard(self, number=True))
 
     def __hash__(self) -> int:
-        return id(self) if isinstance(self._real, Tensor) else hash(self._read())
+        return hash(self._trace.guard(self, number=True))
 
     def __repr__(self) -> str:
         return repr(self._real)
@@ -220,26 +201,94 @@ class Value:
         return format(self._real, spec)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise Uncapturable(f"a tensor is copied or pickled at {place()}")
+        raise Uncapturable(f"a size is copied or pickled at {place()}")
+
+
+def refused(what: str) -> Callable[..., Any]:
+    def method(self: Any, *_: Any) -> Any:
+        raise Uncapturable(f"{what} at {place()}")
+
+    return method
+
+
+class TensorValue(Tensor):
+    """What the model's code sees for a tensor: one of its own right, whose every use is recorded."""
+
+    _trace: "Trace"
+    _node: Node
+    _real: Tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatched(func, args, kwargs or {})
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("_"):
+            return object.__getattribute__(self, name)
+        real = getattr(self._real, name)
+        if callable(real):
+            return partial(self._trace.method, name, self)
+        if name in ("shape", "device") or isinstance(real, Tensor):
+            return self._trace.function(getattr, (self, name), {}, name)
+        return real
+
+    def __setattr__(self, name: str, new: Any) -> None:
+        if not name.startswith("_"):
+            raise Uncapturable(f"an attribute of a tensor is set at {place()}")
+        object.__setattr__(self, name, new)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._trace.function(operator.getitem, (self, index), {}, "getitem")
+
+    def __setitem__(self, index: Any, new: Any) -> None:
+        self._trace.function(operator.setitem, (self, index, new), {}, "setitem")
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return repr(self._real)
+
+    def __format__(self, spec: str) -> str:
+        return format(self._real, spec)
+
+    __hash__ = object.__hash__
+    __bool__ = __int__ = __float__ = __complex__ = __index__ = __contains__ = refused("a tensor's values are read")
+    __array__ = refused("a tensor becomes an array")
+    __reduce_ex__ = __deepcopy__ = refused("a tensor is copied or pickled")
+
+
+STAND_INS = (Value, TensorValue)
+
+
+def dispatched(func: Any, args: Any, kwargs: Any) -> Any:
+    """A call of torch that has stand-ins among its arguments."""
+    trace = next(x for x in leaves((args, kwargs)) if type(x) in STAND_INS)._trace
+    name = getattr(func, "__name__", "call")
+    if torch.overrides.is_tensor_method_or_property(func):
+        if name in ("__get__", "__set__"):
+            raise Uncapturable(f"an attribute of a tensor is read or set by torch at {place()}")
+        return trace.method(name, *args, **kwargs)
+    return trace.function(func, args, kwargs, name)
 
 
 def _add_operators() -> None:
-    def unary(name: str) -> None:
-        run = getattr(operator, name)
-        setattr(Value, f"__{name}__", lambda self: self._trace.function(run, (self,), {}, name))
+    def add(name: str, run: Callable[..., Any], label: str, swapped: bool = False) -> None:
+        def method(self: Any, *other: Any) -> Any:
+            return self._trace.function(run, (*other, self) if swapped else (self, *other), {}, label)
 
-    def binary(name: str) -> None:
-        plain, short = getattr(operator, name), name.rstrip("_")
-        setattr(Value, f"__{short}__", lambda self, other: self._trace.function(plain, (self, other), {}, short))
-        if name not in COMPARED:
-            setattr(Value, f"__r{short}__", lambda self, other: self._trace.function(plain, (other, self), {}, short))
-            inplace = getattr(operator, f"i{short}")
-            setattr(Value, f"__i{short}__", lambda self, other: self._trace.function(inplace, (self, other), {}, short))
+        for kind in STAND_INS:
+            setattr(kind, f"__{name}__", method)
 
-    for name in UNARY:
-        unary(name)
-    for name in (*BINARY, *COMPARED):
-        binary(name)
+    for name in (*UNARY, *BINARY, *COMPARED):
+        run, short = getattr(operator, name), name.rstrip("_")
+        add(short, run, short)
+        if name in BINARY:
+            add(f"r{short}", run, short, swapped=True)
+            add(f"i{short}", getattr(operator, f"i{short}"), short)
 
 
 _add_operators()
@@ -283,7 +332,7 @@ class Trace:
         self.names = {id(x): name for name, x in (*model.named_parameters(), *model.named_buffers())}
         self.graph = Graph([], {}, {}, None, [], {})
         self.frames = [Frame("")]
-        self.known: dict[str, Value] = {}  # of parameters and buffers
+        self.known: dict[str, TensorValue] = {}  # of parameters and buffers
         self.kept: list[tuple[Node, Tensor, int]] = []  # with the version that the node made
         self.latest: dict[int, Node] = {}  # of tensors that a node changed in place and returned
         self.running, self.culprit, self.thread = False, "", threading.get_ident()
@@ -298,10 +347,12 @@ class Trace:
         self.graph.nodes.append(node)
         return node
 
-    def _kept(self, node: Node, tensor: Tensor) -> Value:
+    def _kept(self, node: Node, tensor: Tensor) -> TensorValue:
         node.shape, node.dtype = (*tensor.shape,), tensor.dtype
         self.kept.append((node, tensor, tensor._version))
-        return Value(self, node, tensor)
+        stand_in = tensor.detach().as_subclass(TensorValue)
+        stand_in._trace, stand_in._node, stand_in._real = self, node, tensor
+        return stand_in
 
     def input(self, name: str, x: Any) -> Any:
         """Of the model, a stand-in for each tensor in it."""
@@ -316,14 +367,14 @@ class Trace:
         self.graph.inputs[name] = mapped(self._of, found)
         return found
 
-    def tensor(self, name: str, x: Tensor) -> Value:
+    def tensor(self, name: str, x: Tensor) -> TensorValue:
         if name not in self.known:
             self.known[name] = self._kept(self._node("tensor", name), x)
         return self.known[name]
 
     def _of(self, x: Any) -> Any:
         """The node of a stand-in, or of a tensor of the model's; other tensors are constants of the part."""
-        if type(x) is Value:
+        if type(x) in STAND_INS:
             later = self.latest.get(id(x._real), x._node)
             return later if later.index > x._node.index else x._node
         if not isinstance(x, Tensor):
@@ -336,7 +387,7 @@ class Trace:
 
     def _run(self, op: str, target: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Node, Any]:
         nodes = mapped(self._of, (args, kwargs))
-        real = mapped(lambda x: x._real if type(x) is Value else x, (args, kwargs))
+        real = mapped(lambda x: x._real if type(x) in STAND_INS else x, (args, kwargs))
         given = [x for x in leaves(real) if isinstance(x, Tensor)]
         before = [x._version for x in given]
         self.running = False
@@ -380,7 +431,7 @@ class Trace:
 
     def _named(self, node: Node, name: str, found: Any) -> Any:
         """An address, where the result has tensors."""
-        if any(type(x) is Value and isinstance(x._real, Tensor) for x in leaves(found)):
+        if any(type(x) is TensorValue for x in leaves(found)):
             self._place(self.frames[-1].address(name), node, found)
         return found
 
@@ -445,13 +496,17 @@ class Trace:
         finally:
             self.frames.pop()
         if path:
-            found = mapped(partial(self._own, first), found)
+            if any(self._is_passed(first, x) for x in leaves(found)):
+                found = mapped(partial(self._own, first), found, build=True)
             self._place(path, None, found)
         return found
 
+    def _is_passed(self, first: int, x: Any) -> bool:
+        return type(x) is TensorValue and self._of(x).index < first  # type: ignore[no-any-return]
+
     def _own(self, first: int, x: Any) -> Any:
         """A result of a module that only passed it on gets a node of its own, so that others keep theirs."""
-        if type(x) is not Value or not isinstance(x._real, Tensor) or self._of(x).index >= first:
+        if not self._is_passed(first, x):
             return x
         return self._wrapped(*self._run("function", passed, passed, (x,), {}), False)
 
@@ -471,11 +526,21 @@ class Trace:
     def assign(self, original: Callable[..., Any], module: nn.Module, name: str, new: Any) -> None:
         """In place of nn.Module.__setattr__: what forward passes note down is taken back afterwards."""
         if self.active:
-            if any(type(x) is Value for x in leaves(new)):
+            if any(type(x) in STAND_INS for x in leaves(new)):
                 raise Uncapturable(f"a tensor is kept as self.{name} at {place()}")
             if name != "training":
                 self.assigned.append((module, name, module.__dict__.get(name, MISSING)))
         original(module, name, new)
+
+    def apply(self, kind: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """In place of torch.autograd.Function.apply, whose backward is not that of the operations inside."""
+        own = APPLY.__get__(None, kind)
+        given = leaves((args, kwargs))
+        if not self.active or not any(type(x) in STAND_INS for x in given):
+            return own(*args, **kwargs)
+        if any(callable(x) and type(x) not in STAND_INS for x in given):
+            raise Uncapturable(f"{kind.__name__} takes a function at {place()}")
+        return self.function(own, args, kwargs, kind.__name__)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -484,8 +549,8 @@ class Trace:
 
             @wraps(original)
             def own(*args: Any, **kwargs: Any) -> Any:
-                given = any(type(x) is Value for x in leaves((args, kwargs)))
-                if not self.active or not (given or module is torch):
+                given = any(type(x) in STAND_INS for x in leaves((args, kwargs)))
+                if not self.active or not (given or name in FACTORIES):
                     return original(*args, **kwargs)
                 return self.function(original, args, kwargs, name)
 
@@ -495,7 +560,8 @@ class Trace:
             patched.enter_context(instead("__call__", self.called))
             patched.enter_context(instead("__getattr__", self.attribute))
             patched.enter_context(instead("__setattr__", self.assign))
-            for module, names in ((torch, FACTORIES), (math, FLOATS)):
+            patched.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(self.apply)))
+            for module, names in ((torch, (*FACTORIES, *SIZED)), (math, FLOATS)):
                 for name in names:
                     patched.enter_context(function(module, name))
             self.running = True

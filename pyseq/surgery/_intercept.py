@@ -63,7 +63,10 @@ class Run(TorchFunctionMode):
         given = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
         stray = next((self.stray[at] for at in map(storage, given) if at in self.stray), None)
         if stray and name in READS:
-            raise ValueError(f"the model's code reads values of {stray} at {place()}, which the part does not see")
+            raise ValueError(
+                f"the model's code reads values of {stray} at {place()}, which the part does not see: "
+                "add what they come from to inputs"
+            )
         before = [x._version for x in given]
         result = func(*args, **kwargs)
         made = [x for x in leaves(result) if isinstance(x, Tensor)]

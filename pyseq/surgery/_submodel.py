@@ -50,7 +50,7 @@ def nodes(model: nn.Module, *example: Any, **keywords: Any) -> Nodes:
     0      float32 (5, 3)
     1      float32 (5, 3)
     """
-    given: Any = example if not keywords else (example, keywords)
+    given: Any = signature(model, example, keywords) if keywords else example
     try:
         graph = capture(model, given)[model.training]
         places, inputs = graph.places, graph.inputs

@@ -1,10 +1,12 @@
 """Parts of models: from any value to any other, to the bit, on graphs and on models that are none."""
 
 import copy
+import math
 import pickle
 import random
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -339,6 +341,69 @@ def test_structures() -> None:
         surgery.submodel(model, inputs=["rnn", "scale"], example=example)
     with pytest.raises(ValueError, match="how must be as in the example, 'last', got 'first'"):
         surgery.submodel(model, example=example | {"how": "last"})(**other, how="first")
+
+
+class Doubled(torch.autograd.Function):
+    """Whose backward is not its forward's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return 7 * grads[0]
+
+
+@dataclass
+class Output:
+    first: Tensor
+    rest: tuple[Tensor, ...] | None = None
+
+
+class Scores(nn.Module):
+    """Numbers and tensors in every order, reshaping by sizes, a dataclass handed on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Output:
+        h = self.a(x)
+        h = 0.5 * h * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (h + 0.044715 * torch.pow(h, 3.0))))
+        h = torch.reshape(Doubled.apply(h), (h.size(0), 2, h.size(-1) // 2))
+        return Output(self.b(2 ** (1 - h) / h.shape[1]), (h, x))
+
+
+class Wrapper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = Scores(), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Output:
+        out = self.inner(x)
+        return Output(self.last(out.first) + x.mean(), out.rest)
+
+
+def test_functions_of_torch_and_of_users() -> None:
+    model, x = Wrapper(), torch.randn(3, 4)
+    at = "inner.mul_3"
+    head = surgery.submodel(model, at, example=x)
+    tail = surgery.submodel(model, inputs=[at, "x"], example=x)
+    assert isinstance(tail, Part)
+    other = torch.randn(5, 4)
+    value = head(other)
+    found, wanted = tail(value, other), model(other)
+    assert isinstance(found, Output)
+    assert found.rest is not None
+    assert same((found.first, *found.rest), (wanted.first, *wanted.rest))
+    (mine,) = torch.autograd.grad(found.first.sum(), [model.inner.a.weight], retain_graph=True)
+    (theirs,) = torch.autograd.grad(wanted.first.sum(), [model.inner.a.weight])
+    assert torch.equal(mine, theirs)  # with the user's backward
+    twin = pickle.loads(pickle.dumps(tail))
+    assert torch.equal(twin(value, other).first, found.first)
+    inner = surgery.submodel(model, "inner", example=x)
+    assert torch.equal(inner(other).first, model.inner(other).first)
 
 
 def test_shared_modules_and_ties() -> None:

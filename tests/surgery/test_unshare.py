@@ -21,7 +21,7 @@ from torch.testing import assert_close as close
 from torch.utils.checkpoint import checkpoint
 
 from pyseq import optim
-from pyseq.surgery import drift_report, reshare, unshare
+from pyseq.surgery import drift_report, reshare, state_dict, unshare
 from pyseq.surgery._albert import group_a_layer
 from pyseq.surgery._calls import PerCall, count_calls
 
@@ -654,7 +654,7 @@ def test_copied_pickled_and_compiled(kind: str) -> None:
 
 def test_two_processes(tmp_path: Path) -> None:
     """DDP and FSDP2 over two gloo processes are one process with the joined batch."""
-    script = Path(__file__).with_name("unshare_on_two.py")
+    script = Path(__file__).with_name("surgery_on_two.py")
     command = [sys.executable, "-W", "error", str(script), str(tmp_path / "store")]
     ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
     errors = [rank.communicate(timeout=300)[1] for rank in ranks]
@@ -691,7 +691,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": "lbfgs"}, "LBFGS keeps one state"), ({"optimizer": None}, "must be a torch optimizer, got int"),
     ({"optimizer": "other"}, "SGD drives none of the model's parameters"),
     ({"optimizer": "strange", "state": "scale"}, "no rule for acc_delta of Adadelta: take 'copy' or 'reset'"),
-    ({"example": 3}, "example must be a tuple of the model's arguments"), ({"example": (X, 2, 3)}, "positional argument"),
+    ({"example": 3}, "example must be a tuple of the model's arguments"),
+    ({"example": (X, 2, 3)}, "positional argument"),
     ({"example": (X, 1)}, "no module with parameters is called more than once in a forward of the example"),
     ({"example": None}, "no module with parameters stands in several places; give example="),
 ]  # fmt: skip
@@ -776,7 +777,7 @@ def test_transformers(albert: Any, asked: Any, inner: int, tmp_path: Path) -> No
     assert apart.config.num_hidden_groups == len(encoder.albert_layer_groups) == groups
     exactly(logits(apart), logits(model))
     assert apart.predictions.decoder.weight is apart.get_input_embeddings().weight
-    whole = {} if {*asked} <= {"groups"} else {"state_dict": {k: x.clone() for k, x in apart.state_dict().items()}}
+    whole = {} if {*asked} <= {"groups"} else {"state_dict": state_dict(apart, ties="copy")}
     apart.save_pretrained(tmp_path, **whole)
     loaded = type(model).from_pretrained(tmp_path).eval()
     assert loaded.config.num_hidden_groups == groups
