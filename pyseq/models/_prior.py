@@ -1,12 +1,13 @@
 """What the autoregressive priors share: the codes they take, and how they are sampled."""
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from operator import index
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from pyseq.models._checks import Configured, check_range, evaluating
+from pyseq.models._checks import Configured, check_range, evaluating, looked_at
 from pyseq.models._sampling import check_rules, draw, progress
 from pyseq.nn.quantizer import _whole
 
@@ -47,6 +48,10 @@ class Prior(Configured):
         if autoencoder.num_codes != self.num_codes:
             got = f"got {self.num_codes} and {autoencoder.num_codes}"
             raise ValueError(f"the prior must have as many codes as the autoencoder, {got}; build it with the latter")
+        if not isinstance(size, (tuple, list)) or len(size) != 2:
+            raise ValueError(f"size must be (height, width) of the images, got {size!r}")
+        if level not in range(autoencoder.levels):
+            raise ValueError(f"level must be from 0 (top) to {autoencoder.levels - 1}, got {level!r}")
         grid = autoencoder.grids(*size)[level]
         if grid != self.grid:
             images = f"images of {size[0]} x {size[1]} have, {grid}"
@@ -76,7 +81,7 @@ class Prior(Configured):
         whole grid. Their logits differ by rounding.
         To be called on the module itself, as `ddp.module.sample(...)`, or under FSDP2 after
         `register_fsdp_forward_method`. A bar shows on a terminal after two seconds, where tqdm is installed.
-        Raises ValueError for numbers out of range and labels that do not fit.
+        Raises ValueError for numbers out of range, labels that do not fit and, on the CPU, logits that are NaN.
 
         >>> from pyseq.models import PixelAttention
         >>> prior, seed = PixelAttention(16, (4, 6), width=16, heads=2), torch.Generator()
@@ -87,13 +92,17 @@ class Prior(Configured):
         check_rules(temperature, top_k, top_p)
         rows, columns = self.grid
         codes = self.configuration.new_zeros(_whole("n", n), rows, columns)
-        each = torch.full((n,), labels, device=codes.device) if isinstance(labels, int) else labels
+        each: Any = labels
+        if isinstance(labels, SupportsIndex) and not isinstance(labels, Tensor):
+            each = torch.full((n,), index(labels), device=codes.device)
         self._check_labels(each, n)
         with evaluating(self):
             cache = self._cache(n, each) if cached else None
             for step in progress(rows * columns):
                 at = divmod(step, columns)
                 logits = self(codes, each)[:, at[0], at[1]] if cache is None else self._next(cache, codes, *at)
+                if looked_at(logits) and bool(logits.isnan().any()):
+                    raise ValueError(f"the prior's logits at row {at[0]}, column {at[1]} are NaN: it has diverged")
                 codes[:, at[0], at[1]] = draw(logits, temperature, top_k, top_p, generator)
         return codes
 

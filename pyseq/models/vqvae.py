@@ -19,7 +19,8 @@ OWN = ("dim", "num_codes", "codebook_dim", "decay", "beta", "gamma", "channel_di
 class VQVAEOutput(NamedTuple):
     """What a training step of VQVAE needs.
 
-    reconstruction: as x, in [-1, 1]. loss: scalar, reconstruction_loss and the loss of each quantiser added up.
+    reconstruction: as x, in [-1, 1]. loss: scalar, reconstruction_loss and the loss of each quantiser added up; NaN
+    where the encoder gave what is not finite, which has code -1.
     reconstruction_loss: scalar, the mean of squared differences over all elements. codes: as of `encode`.
     quantizers: the VectorQuantizerOutput of each level, top first, with its loss, perplexity and usage.
     """
@@ -96,12 +97,18 @@ class VQVAE(Configured):
             raise ValueError(f"levels must be 1 or 2, got {levels!r}")
         options = dict(quantizer or {})
         if own := [name for name in OWN if name in options]:
-            raise ValueError(f"quantizer must not name what VQVAE sets, got {', '.join(own)}; give it to VQVAE itself")
+            mend = "".join(f"; give {'code_dim' if x == 'codebook_dim' else x}= to VQVAE itself" for x in own[:1])
+            mend = "" if own[0] in ("dim", "channel_dim") else mend
+            raise ValueError(f"quantizer must not name what VQVAE sets, got {', '.join(own)}{mend}")
         options |= {"codebook_dim": code_dim, "decay": decay, "beta": beta, "gamma": gamma, "channel_dim": 1}
         self.levels, self.stride = levels, self.downsampling * levels
         self.encoder = encoder(self.channels, width, halvings, blocks, batch_norm)
         self.decoder = decoder(width, self.channels, halvings, blocks, batch_norm)
-        self.quantizers = nn.ModuleList(VectorQuantizer(width, num_codes, **options) for _ in range(levels))
+        try:
+            self.quantizers = nn.ModuleList(VectorQuantizer(width, num_codes, **options) for _ in range(levels))
+        except ValueError as error:  # in this class's words
+            text = str(error).replace("codebook_dim", "code_dim").replace("divide dim", "divide width")
+            raise ValueError(text) from None
         if levels == 2:
             self.top_encoder = nn.Sequential(nn.ReLU(), encoder(width, width, 1, blocks, batch_norm))
             self.top_decoder = decoder(width, width, 1, blocks, batch_norm)
@@ -112,6 +119,7 @@ class VQVAE(Configured):
             channels=channels, width=width, num_codes=num_codes, code_dim=first.codebook_dim, heads=self.heads,
             downsampling=downsampling, blocks=blocks, batch_norm=batch_norm, levels=levels,
             moving_averages=decay is not None, cosine=options.get("metric") == "cosine",
+            revival=any(name.endswith("ema_counts") for name, _ in first.named_buffers()),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> VQVAEOutput:
@@ -125,10 +133,13 @@ class VQVAE(Configured):
         >>> torch.equal(out.loss, out.reconstruction_loss + sum(level.loss for level in out.quantizers))
         True
         """
-        vectors, found = self._quantized(self._features(x))
+        features = self._features(x)
+        vectors, found = self._quantized(features)
         reconstruction = self._decoded(vectors)
         error = F.mse_loss(reconstruction, x)
         loss = error + sum(level.loss for level in found)
+        for level in features:  # the quantiser passes over vectors that are not finite, but training must not
+            loss = loss + 0 * level.mean(dtype=torch.promote_types(level.dtype, torch.float32))
         return VQVAEOutput(reconstruction, loss, error, self._codes(found), found)
 
     @torch.no_grad()
@@ -151,7 +162,7 @@ class VQVAE(Configured):
         >>> torch.equal(model.decode(model.encode(images)), model.reconstruct(images))
         True
         """
-        given = (codes,) if isinstance(codes, Tensor) else tuple(codes)
+        given = tuple(codes) if isinstance(codes, (tuple, list)) else (codes,)
         if len(given) != self.levels:
             raise ValueError(f"codes must be {'(top, bottom)' if self.levels == 2 else 'one tensor'}, got {len(given)}")
         shape = "(B, h, w)" if self.heads == 1 else f"(B, h, w, heads={self.heads})"

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -374,7 +375,7 @@ def test_refuses_a_checkpoint_of_another_configuration(kind: str, options: Any) 
         state = built(kind).state_dict()
         del state["configuration"]
         prior.load_state_dict(state, strict=False)
-        assert prior.state_dict()["configuration"].tolist()[1:3] == [5, 4]
+        assert prior.state_dict()["configuration"].tolist()[2:4] == [5, 4]
 
 
 @kinds
@@ -436,3 +437,29 @@ def test_a_prior_that_does_not_fit(kind: str) -> None:
         built(kind, grid=(4, 6)).check(VQVAE(width=8, num_codes=11, quantizer={"heads": 2}), (32, 48))
     with pytest.raises(ValueError, match="multiples of 8"):
         built(kind, grid=(4, 6)).check(model, (36, 48))
+
+
+@pytest.mark.parametrize("kind", [PixelCNN, PixelAttention])
+def test_words_of_errors(kind: Any) -> None:
+    prior = kind(16, (2, 3), width=8, layers=1, num_classes=4)
+    another: Any = PixelCNN if kind is PixelAttention else PixelAttention
+    other = another(16, (2, 3), width=8, layers=1, num_classes=4)
+    assert prior.sample(2, numpy.int64(3)).shape == (2, 2, 3)
+    with pytest.raises(ValueError, match=f"another kind of model, this one is a {kind.__name__}"):
+        prior.load_state_dict(other.state_dict())
+    codes = torch.zeros(2, 2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="got -1 to -1; they count from 0"):
+        prior(codes, torch.full((2,), -1))
+    with pytest.raises(ValueError, match="it marks vectors that were not finite"):
+        prior(codes - 1, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(TypeError, match="got tuple; of two levels take one"):
+        prior((codes, codes), torch.zeros(2, dtype=torch.int64))
+    own = VQVAE(width=8, num_codes=16, blocks=1)
+    with pytest.raises(ValueError, match=r"level must be from 0 \(top\) to 0, got 1"):
+        prior.check(own, (8, 12), 1)
+    with pytest.raises(ValueError, match=r"size must be \(height, width\)"):
+        prior.check(own, 8)
+    torch.nn.init.constant_([*prior.parameters()][-1], float("nan"))
+    for rules in ({"temperature": 0}, {"top_k": 1}, {}):
+        with pytest.raises(ValueError, match="logits at row 0, column 0 are NaN: it has diverged"):
+            prior.sample(2, 0, **rules)

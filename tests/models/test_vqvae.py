@@ -266,7 +266,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"channels": 0}, "channels must be at least 1, got 0"), ({"width": 8.0}, "width must be a whole number"),
     ({"downsampling": 6}, "downsampling must be a power of two from 2, got 6"), ({"downsampling": 1}, "from 2, got 1"),
     ({"levels": 3}, "levels must be 1 or 2, got 3"), ({"blocks": 0}, "blocks must be at least 1, got 0"),
-    ({"quantizer": {"decay": 0.5}}, "quantizer must not name what VQVAE sets, got decay; give it to VQVAE itself"),
+    ({"quantizer": {"decay": 0.5}}, "quantizer must not name what VQVAE sets, got decay; give decay= to VQVAE itself"),
     ({"decay": 0.9, "beta": 2.0}, "beta weighs a term that moving averages do without"),
     ({"gamma": -1.0}, "gamma must be a finite number from 0"),
 ]  # fmt: skip
@@ -322,3 +322,36 @@ def test_values_are_not_looked_at_in_graphs() -> None:
     fast = torch.compile(built().eval(), backend="aot_eager", fullgraph=True)
     assert fast(images() * 100).reconstruction.isfinite().all()
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_an_encoder_that_diverged_shows_in_the_loss(decay: float | None) -> None:
+    """Though the quantiser passes over what is not finite."""
+    model, images = VQVAE(width=8, num_codes=16, blocks=1, batch_norm=False, decay=decay), torch.zeros(2, 3, 8, 8)
+    assert model(images).loss.isfinite()
+    torch.nn.init.constant_(next(model.encoder.parameters()), float("inf"))
+    assert model(images + 0.5).loss.isnan()
+    assert (model.encode(images + 0.5) == -1).all()
+
+
+def test_words_of_errors() -> None:
+    model = VQVAE(width=8, num_codes=16, blocks=1)
+    for wrong, message in (
+        (torch.zeros(2, 8, 8, 3), r"got \(2, 8, 8, 3\); x.permute\(0, 3, 1, 2\)"),
+        (torch.zeros(3, 8, 8), r"got \(3, 8, 8\); x.unsqueeze\(0\)"),
+        (torch.full((2, 3, 8, 8), float("nan")), "got nan to nan$"),
+        (torch.full((2, 3, 8, 8), 9.0), "got 9 to 9; bytes become such"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(wrong)
+    codes: Any = model.encode(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(TypeError, match=r"got ndarray; torch\.as_tensor"):
+        model.decode(codes.numpy())
+    with torch.autocast("cpu"), pytest.raises(TypeError, match=r"dtype, torch\.float32, got torch\.float64"):
+        model(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match="heads must divide width, got 10 and 256; or give code_dim"):
+        VQVAE(width=256, quantizer={"heads": 10})
+    with pytest.raises(ValueError, match="got codebook_dim; give code_dim= to VQVAE itself"):
+        VQVAE(width=8, quantizer={"codebook_dim": 4})
+    with pytest.raises(ValueError, match=r"revival=0, this one has revival=1"):
+        model.load_state_dict(VQVAE(width=8, num_codes=16, blocks=1, quantizer={"dead_code_threshold": 0}).state_dict())

@@ -406,6 +406,42 @@ def test_functions_of_torch_and_of_users() -> None:
     assert torch.equal(inner(other).first, model.inner(other).first)
 
 
+class Aliased(nn.Module):
+    """Two names for one value, a module that hands its input on, an activation in place whose input is used again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.same = nn.Linear(4, 4), nn.BatchNorm1d(4), Same()
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.norm(self.a(x))
+        other = h
+        h += 1
+        y = F.relu(other * 1, inplace=True)
+        z = self.a(y)
+        F.relu(z, inplace=True)
+        return self.same(other) * 2 + z + other
+
+
+class Same(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_aliases() -> None:
+    model, x = Aliased(), torch.randn(1, 4)  # one row, on which batch norm could not be trained
+    assert isinstance(surgery.submodel(model, example=x), Part)
+    model.eval()
+    whole = surgery.submodel(model, example=x)
+    x = torch.randn(3, 4)
+    assert torch.equal(whole(x), model(x))
+    h = surgery.submodel(model, "add", example=x)(x)
+    assert torch.equal(h, model.norm(model.a(x)) + 1)
+    assert torch.equal(surgery.rerun(model, x, {"same": torch.zeros(3, 4)}), F.relu(model.a(F.relu(h))) + h)
+    z = surgery.submodel(model, "relu_1", example=x)(x)
+    assert torch.equal(surgery.submodel(model, inputs=["relu_1", "add"], example=x)(z, h), model(x))
+
+
 def test_shared_modules_and_ties() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
