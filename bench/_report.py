@@ -110,14 +110,14 @@ def write(root: Path, measured: Measured) -> None:
         of = "" if len(shown) == 1 else f"{', '.join(dict.fromkeys(row.room for row in rows))}: "
         body.append(f"{of}{machine_line(rows)}.")
     body.append(" ".join(f"A fair objection to {name}: {room.objection}" for name, (room, _) in measured.items()))
-    pages = ", ".join(f"[{name}](docs/{name}.md#measured)" for name in measured)
+    pages = ", ".join(f"[{name}](docs/{room.page or name}.md#measured)" for name, (room, _) in measured.items())
     _replace(root / "README.md", "bench", "\n\n".join([*body, f"All workloads, providers and machines: {pages}."]))
     for name, (room, lines) in measured.items():
         body = [LEGEND.format(room.baseline)]
         for run in runs(lines, room.baseline):
             last = "; ".join(part for part in (machine_line(run), limits(run)) if part)
             body += [f"### {run[0].where['machine']}, {threads(run)}", *tables(run, room.baseline), f"{last}."]
-        _replace(root / "docs" / f"{name}.md", f"bench:{name}", "\n\n".join(body))
+        _replace(root / "docs" / f"{room.page or name}.md", f"bench:{name}", "\n\n".join(body))
 
 
 def tables(rows: Sequence[Row], baseline: str) -> Iterable[str]:

@@ -118,6 +118,7 @@ class Room:
     baseline: str
     headlines: Mapping[str, tuple[str, str]]
     objection: str
+    page: str = ""  # docs/<page>.md has its tables; as the room is called where nothing is said
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,7 @@ def test_report_rewrites_between_its_markers(bench: Any, room: Run, tmp_path: Pa
 def test_pages_say_what_the_results_say(bench: Any, tmp_path: Path) -> None:
     """`python bench --report` has been run since the results, the rooms or the report changed."""
     results = {path.stem: path for path in sorted((BENCH / "results").glob("*.csv"))}
-    pages = ["README.md", *(f"docs/{name}.md" for name in results)]
+    pages = ["README.md", *(f"docs/{bench.main.load(BENCH, name).page or name}.md" for name in results)]
     (tmp_path / "docs").mkdir()
     for page in pages:
         shutil.copy(ROOT / page, tmp_path / page)

