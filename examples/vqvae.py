@@ -60,7 +60,7 @@ PRESETS = {  # one tile and one digit in `every`; epochs on tiles and on digits,
     "published": {"every": 1, "epochs": 30, "digit_epochs": 10, "prior_epochs": 20, "tile_prior_epochs": 8},
 }
 OF = {"reconstruct": ("epochs",), "digits": ("digit_epochs", "prior_epochs"), "tiles": ("epochs", "tile_prior_epochs")}
-SHOWN = 8  # pictures in a row
+SHOWN, COOL = 8, 0.8  # pictures in a row, the temperature at which they are drawn
 POINTS = 33  # of the curve of how often codes are used
 FIELDS = (
     "parameters", "mse", "psnr", "photo_psnr", "unquantised_psnr", "perplexity", "used", "bits_per_pixel", "usage",
@@ -320,7 +320,9 @@ def draw(run: Run, folder: Path) -> dict[str, Any]:
         prior.sample(count, few, generator=generator.manual_seed(seed), cached=cached)
         found[name] = (time.process_time() - before) / count
     if seed == 0:
-        drawn = prior.sample(n, each, top_p=0.95, generator=generator.manual_seed(seed))
+        drawn = prior.sample(
+            n, each, temperature=COOL if of_digits else 1.0, top_p=0.95, generator=generator.manual_seed(seed)
+        )
         rows = [*model.decode(drawn).unflatten(0, (-1, 10 if of_digits else SHOWN))]
         sheet(rows, [str(i) for i in range(10)] if of_digits else [""] * len(rows), folder / picture(run["what"], kind))
     return found
@@ -462,7 +464,8 @@ sample: CPU time, of 100 digits or {4 * SHOWN} tiles drawn together, uncached of
 |---|---|
 | ![By attention]({picture("digits", ATTENTION)}) | ![By convolutions]({picture("digits", CONVOLUTION)}) |
 
-Digits of each class, drawn by the priors of the first seed with top_p = 0.95.
+Digits of each class, drawn by the priors of the first seed at temperature {COOL}; below tiles, at 1; both with top_p =
+0.95.
 
 ![Tiles drawn by attention]({picture("tiles", ATTENTION)})
 
