@@ -493,11 +493,13 @@ def plot(rows: list[Row], path: Path) -> None:
     with figure(path, size=(7, 3.8)) as axes:
         for name, x, y in points:
             axes.plot(x, y, "o")
+            left = name in (PLAIN, BICUBIC)  # of the point, lest labels meet
             axes.annotate(
                 f"{name} ({CODES} codes)" if name in (PLAIN, GRADIENT) else name,
                 (x, y),
-                (6, -3),
+                (-6 if left else 6, 3 if left else -3),
                 textcoords="offset points",
+                ha="right" if left else "left",
                 size=8,
             )
         limit = mean(values(rows, "reconstruct", UNQUANTISED, "psnr"))
