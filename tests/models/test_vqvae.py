@@ -383,4 +383,4 @@ def test_an_epoch_with_another_quantizer(monkeypatch: pytest.MonkeyPatch) -> Non
             optimizer.step()
             found.append(out.reconstruction_loss.item())
         losses.append(sum(found[-20:]) / 20)
-    assert losses[0] == pytest.approx(losses[1], rel=0.1), losses
+    assert losses[0] == pytest.approx(losses[1], rel=0.01), losses
