@@ -52,8 +52,8 @@ TASKS = ("sentiment", "entities")
 SEEDS = {SHARED: 3, APART: 3, ATTENTION: 1, FORWARD: 1}
 LABELS = ("O", *(f"{place}-{kind}" for kind in ENTITY_TYPES for place in "BI"))
 PRESETS = {  # steps of each of three stages of pre-training; sequences to fine-tune on, and one in `tested` to score on
-    "quick": {"steps": 30, "sequences": 400, "tested": 20, "epochs": 2},
-    "published": {"steps": 2300, "sequences": 6000, "tested": 1, "epochs": 3},
+    "quick": {"steps": 10, "sequences": 160, "tested": 40, "epochs": 2},
+    "published": {"steps": 900, "sequences": 6000, "tested": 1, "epochs": 3},
 }
 STAGES, PRE_BATCH, PRE_RATE, BATCH, RATE = 3, 64, 1e-3, 32, 3e-4
 FIELDS = ("loss", "parameters", "first", "best", "best_epoch", "test", "drift", "epoch_cpu_s", "epoch_s", "seconds")
