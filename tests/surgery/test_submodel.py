@@ -47,7 +47,7 @@ class Residual(nn.Module):
         self.layers = nn.Sequential(Block(4, drop), Block(4, drop))
         self.block = Block(4, drop)
         self.head, self.unused = nn.Linear(4, 2), nn.Linear(7, 7)
-        self.register_buffer("offset", torch.randn(50))
+        self.register_buffer("offset", torch.randn(50), persistent=False)
 
     def forward(self, x: Tensor, times: int = 2) -> dict[str, Tensor]:
         h = self.layers(self.stem(x))
@@ -148,6 +148,7 @@ def test_a_part_shares_and_counts_only_what_it_uses() -> None:
     }  # fmt: skip
     assert not any(n.startswith("layers.0") for n, _ in tail.named_parameters())
     assert set(tail.state_dict()) <= set(model.state_dict())
+    assert tail.offset is model.offset  # which is in neither
     middle = surgery.submodel(model, ["block#0", "layers.1.add"], "layers.0", example=x)
     values = surgery.submodel(model, ["layers.0", "block#0", "layers.1.add"], example=x).eval()(x)
     assert same(middle.eval()(values[0]), values[1:])
@@ -205,7 +206,7 @@ class Data(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = F.dropout(self.norm(self.first(x)), 0.2, self.training)
         h = self.left(h) if h.sum() > 0 else self.right(h)
-        return self.last(h + 1)  # type: ignore[no-any-return]
+        return self.last(F.dropout(h + 1, 0.2, self.training))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -442,6 +443,31 @@ def test_aliases() -> None:
     assert torch.equal(surgery.rerun(model, x, {"same": torch.zeros(3, 4)}), F.relu(model.a(F.relu(h))) + h)
     z = surgery.submodel(model, "relu_1", example=x)(x)
     assert torch.equal(surgery.submodel(model, inputs=["relu_1", "add"], example=x)(z, h), model(x))
+
+
+class Late(nn.Module):
+    """Writes into its output by a view, after all that hangs on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.a(x)
+        first = h[:, :1]
+        first += 1
+        return h
+
+
+def test_values_are_as_when_they_were_made_and_outputs_as_in_the_end() -> None:
+    late, x = Late(), torch.randn(2, 4)
+    assert torch.equal(surgery.submodel(late, example=x)(x), late(x))
+    assert torch.equal(surgery.submodel(late, "a", example=x)(x), late.a(x))
+    model, x = Residual().eval(), torch.randn(2, 3, 9)
+    alone = surgery.submodel(model, "layers.0.norm", example=x)(x)
+    beside, _ = surgery.submodel(model, ["layers.0.norm", "layers.0"], example=x)(x)  # an activation writes into it
+    assert alone.min() < 0
+    assert torch.equal(beside, alone)
 
 
 def test_shared_modules_and_ties() -> None:
