@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,13 @@ def _beside(waiting: Sequence[Run], work: Callable[[Run], list[Row]], workers: i
                     yield future.result()
     if failed:
         raise failed[0]
+
+
+def progress(what: str, steps: int) -> tqdm:
+    """A bar for one run, on the line of the worker that does it."""
+    worker = current_process().name.rpartition("-")[2]
+    place = int(worker) - 1 if worker.isdigit() else 0
+    return tqdm(desc=what, total=steps, unit="step", position=place, leave=False, disable=None)
 
 
 def spread(values: Sequence[float], digits: int) -> str:

@@ -14,17 +14,15 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from multiprocessing import current_process
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from _study import Row, Run, Verdict, aligned, facts, figure, markdown, paired, read, seen, spread, work_off
+from _study import Row, Run, Verdict, aligned, facts, figure, markdown, paired, progress, read, seen, spread, work_off
 from _study import text as texts
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -104,12 +102,6 @@ def task(name: str, sequences: int) -> tuple[Split, Split, Split]:
     train, valid, test = parts
     chosen = random.Random(0).sample(range(len(train.tokens)), min(sequences, len(train.tokens)))
     return Split([train.tokens[i] for i in chosen], [train.labels[i] for i in chosen]), valid, test
-
-
-def progress(what: str, steps: int) -> tqdm:
-    worker = current_process().name.rpartition("-")[2]
-    place = int(worker) - 1 if worker.isdigit() else 0
-    return tqdm(desc=what, total=steps, unit="step", position=place, leave=False, disable=None)
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:

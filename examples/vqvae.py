@@ -11,17 +11,30 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from multiprocessing import current_process
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from _study import Row, Run, Verdict, aligned, facts, figure, interval, markdown, paired, read, seen, spread, work_off
+from _study import (
+    Row,
+    Run,
+    Verdict,
+    aligned,
+    facts,
+    figure,
+    interval,
+    markdown,
+    paired,
+    progress,
+    read,
+    seen,
+    spread,
+    work_off,
+)
 from _study import text as texts
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from pyseq.data import digits, tiles
 from pyseq.models import VQVAE, PixelAttention, PixelCNN
@@ -99,12 +112,6 @@ def moved(x: Tensor, generator: torch.Generator) -> Tensor:
     """A batch of digits, moved by up to two pixels each way."""
     down, right = torch.randint(-2, 3, (2,), generator=generator).tolist()
     return torch.roll(x, (down, right), (2, 3))
-
-
-def progress(what: str, steps: int) -> tqdm:
-    worker = current_process().name.rpartition("-")[2]
-    place = int(worker) - 1 if worker.isdigit() else 0
-    return tqdm(desc=what, total=steps, unit="step", position=place, leave=False, disable=None)
 
 
 def epochs_of(

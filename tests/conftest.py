@@ -2,8 +2,11 @@ import contextlib
 import getpass
 import importlib
 import os
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -94,3 +97,17 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def on_two(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], None]:
+    """Run a script beside the test as `python SCRIPT STORE RANK` in two processes, both of which must succeed."""
+
+    def run(script: str) -> None:
+        command = [sys.executable, "-W", "error", str(request.path.with_name(script)), str(tmp_path / "store")]
+        ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+        for rank, text in zip(ranks, errors, strict=True):
+            assert rank.returncode == 0, text[-3000:]
+
+    return run

@@ -5,11 +5,9 @@ import gc
 import io
 import pickle
 import re
-import subprocess
-import sys
 import weakref
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -535,14 +533,9 @@ def test_how_codes_begin() -> None:
     exactly(state(steps(again, 0)), state(steps(built(**OPTIONS["k-means"]), 0)))
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_processes(on_two: Callable[[str], None]) -> None:
     """DDP and FSDP2 over two gloo processes are one process with the joined batch, by one all_reduce a step."""
-    script = Path(__file__).with_name("quantizer_on_two.py")
-    command = [sys.executable, "-W", "error", str(script), str(tmp_path / "store")]
-    ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    errors = [rank.communicate(timeout=100)[1] for rank in ranks]
-    for rank, text in zip(ranks, errors, strict=True):
-        assert rank.returncode == 0, text[-3000:]
+    on_two("quantizer_on_two.py")
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
