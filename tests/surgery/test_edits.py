@@ -444,3 +444,27 @@ def test_one_call() -> None:
     with pytest.raises(ValueError, match="no longer runs"):
         replace(model, "block#1", nn.Linear(4, 3), example=X)
     assert trace(model) == before
+
+
+class Loops(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.b(self.a(self.a(x))))  # type: ignore[no-any-return]
+
+
+def test_one_call_each_of_two_modules() -> None:
+    """The way back from the second leaves the first counting its calls."""
+    model = Loops()
+    first = replace(model, "a#1", nn.Linear(4, 4), example=X)
+    between, expected = trace(model), model(X)
+    second = replace(model, "b#0", nn.Linear(4, 4), example=X)
+    assert not torch.equal(model(X), expected)
+    second.undo()
+    assert trace(model) == between
+    close(model(X), expected, rtol=0, atol=0)
+    first.undo()
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
