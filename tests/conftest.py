@@ -101,13 +101,13 @@ def poison() -> Iterator[None]:
 
 @pytest.fixture
 def on_two(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], None]:
-    """Run a script beside the test as `python SCRIPT STORE RANK` in two processes, both of which must succeed."""
+    """Call `work(rank, folder)` of a script beside the test in two processes, both of which must succeed."""
 
     def run(script: str) -> None:
-        command = [sys.executable, "-W", "error", str(request.path.with_name(script)), str(tmp_path / "store")]
+        start = [sys.executable, "-W", "error", str(Path(__file__).with_name("on_two.py"))]
+        command = [*start, str(request.path.with_name(script)), str(tmp_path)]
         ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
         errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-        for rank, text in zip(ranks, errors, strict=True):
-            assert rank.returncode == 0, text[-3000:]
+        assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(text[-3000:] for text in errors)
 
     return run

@@ -1,10 +1,8 @@
 """Autoencoders and priors by DDP on two gloo processes, against the same training in one with the joined batch.
 
-Run by test_models_on_two.py, once a rank: `python models_on_two.py STORE RANK`; STORE is a file that is not there yet.
+Run by test_models_on_two.py on two processes.
 """
 
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -47,37 +45,35 @@ def train(net: Any, of: nn.Module, rows: slice) -> nn.Module:
     return of
 
 
-def work(store: str, rank: int) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    made, alone = {}, {}
-    for name, make in CASES.items():
-        torch.manual_seed(0)
-        made[name] = make()
-        torch.manual_seed(0)
-        alone[name] = train(net := make(), net, slice(None))
+MADE, ALONE = {}, {}  # before there is a process group, in which quantisers keep in step
+for NAME, MAKE in CASES.items():
     torch.manual_seed(0)
-    normed = VQVAE(**SMALL | {"batch_norm": True}, decay=0.5)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    MADE[NAME] = MAKE()
+    torch.manual_seed(0)
+    ALONE[NAME] = train(NET := MAKE(), NET, slice(None))
+torch.manual_seed(0)
+NORMED = VQVAE(**SMALL | {"batch_norm": True}, decay=0.5)
+
+
+def work(rank: int, folder: str) -> None:
     rows = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
-    for name, net in made.items():
+    for name, net in MADE.items():
         train(DistributedDataParallel(net), net, rows)
-        torch.testing.assert_close(net.state_dict(), alone[name].state_dict(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(net.state_dict(), ALONE[name].state_dict(), rtol=1e-4, atol=1e-5)
         same(net, name)
-    train(DistributedDataParallel(normed), normed, rows)
-    same(normed, "batch norm", without="running")  # each rank's own, until DDP's next forward copies rank 0's
+    train(DistributedDataParallel(NORMED), NORMED, rows)
+    same(NORMED, "batch norm", without="running")  # each rank's own, until DDP's next forward copies rank 0's
     for name, methods in {
         "two levels": ("encode", "decode"),
         "attention": ("sample",),
         "convolutions": ("sample",),
     }.items():
-        net, mesh = made[name], init_device_mesh("cpu", (2,))
+        net, mesh = MADE[name], init_device_mesh("cpu", (2,))
         wanted = inferred(net)
         fully_shard(net, mesh=mesh)
         for method in methods:
             register_fsdp_forward_method(net, method)
         assert torch.equal(inferred(net), wanted)
-    dist.destroy_process_group()
 
 
 def inferred(net: Any) -> Tensor:
@@ -91,7 +87,3 @@ def same(net: nn.Module, name: str, without: str = "nothing") -> None:
         other = [torch.empty_like(value) for _ in range(2)]
         dist.all_gather(other, value)
         assert without in key or torch.equal(*other), (name, key)
-
-
-if __name__ == "__main__":
-    work(sys.argv[1], int(sys.argv[2]))

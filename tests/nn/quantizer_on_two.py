@@ -1,10 +1,8 @@
 """The quantiser on two gloo processes, by DDP and FSDP2, follows the same training in one with the joined batch.
 
-Run by test_quantizer.py, once a rank: `python quantizer_on_two.py STORE RANK`; STORE is a file that does not exist yet.
+Run by test_quantizer.py on two processes.
 """
 
-import os
-import sys
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -115,26 +113,24 @@ class Calls:
         dist.all_reduce = self.before
 
 
-def work(store: str, rank: int) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    alone = {name: train(Net(**options), slice(None)) for name, options in CASES.items()}
-    early = Net()
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+EARLY = Net()  # before there is a process group, as ALONE, which would be kept in step
+ALONE = {name: train(Net(**options), slice(None)) for name, options in CASES.items()}
+
+
+def work(rank: int, folder: str) -> None:
     rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
     for name, options in CASES.items():
-        net = early if name == "default" else Net(**options)  # early: built before there was a process group
+        net = EARLY if name == "default" else Net(**options)
         found = train(DistributedDataParallel(net), rows, net)
-        agree(found, alone[name], rows)
+        agree(found, ALONE[name], rows)
     mesh = init_device_mesh("cpu", (2,))
     for name in SHARDED:
         net = Net(**CASES[name])
         gradient = net.quantizer.decay is None
         fully_shard(net, mesh=mesh, ignored_params={net.quantizer.codebook} if gradient else set())
-        agree(train(net, rows, average=gradient), alone[name], rows)
+        agree(train(net, rows, average=gradient), ALONE[name], rows)
     collectives(rank, rows)
     unequal(rank)
-    dist.destroy_process_group()
 
 
 def collectives(rank: int, rows: slice) -> None:
@@ -199,7 +195,3 @@ def unequal(rank: int) -> None:
     both(x if rank == 0 else x[:0])
     counts = one(x.double()).indices.flatten().bincount(minlength=10)
     torch.testing.assert_close(both.ema_counts[0], 0.99 + 0.01 * counts)
-
-
-if __name__ == "__main__":
-    work(sys.argv[1], int(sys.argv[2]))

@@ -4,10 +4,7 @@ import copy
 import itertools
 import pickle
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -459,12 +456,9 @@ def test_what_turns_a_trained_minus_infinity_into_nan(optimizer: str, decay: flo
         assert (averaged.module.viterbi(emissions)[1] == -1).all()
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_processes(on_two: Callable[[str], None]) -> None:
     """Gradients of FSDP2 and of DDP over two gloo processes are those of one process with the joined batch."""
-    script = Path(__file__).with_name("two_processes.py")
-    command = [sys.executable, str(script), str(tmp_path / "store")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two("crf_on_two.py")
 
 
 def test_a_subclass_with_a_forward_of_its_own() -> None:

@@ -1,16 +1,13 @@
 """The tied head on two gloo processes, by DDP and FSDP2, follows the same training in one with the joined batch.
 
-Run by test_tied_linear.py, once a rank: `python tied_on_two.py STORE RANK`; STORE is a file that does not exist yet.
+Run by test_tied_linear.py on two processes.
 """
 
 import copy
-import os
-import sys
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -65,14 +62,11 @@ def surgery_survives(ids: Tensor, mesh: Any) -> None:
     torch.testing.assert_close(sharded(ids), wanted)
 
 
-def work(store: str, rank: int) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
+def work(rank: int, folder: str) -> None:
     torch.manual_seed(0)
     start, ids = Model(), torch.randint(7, (8,))
     alone, parallel, sharded, apart = (copy.deepcopy(start) for _ in range(4))
     train(alone, ids)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mine = ids[4 * rank : 4 * rank + 4]
     train(DistributedDataParallel(parallel), mine)
     assert_same(parallel, alone)
@@ -86,8 +80,3 @@ def work(store: str, rank: int) -> None:
     fully_shard(apart, mesh=mesh)
     with pytest.raises(RuntimeError, match="into one group"):
         apart(mine)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    work(sys.argv[1], int(sys.argv[2]))

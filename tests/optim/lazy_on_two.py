@@ -1,13 +1,8 @@
-"""Run as a script: lazy optimizers on two gloo processes, by DDP with sparse gradients, follow one process."""
-
-import gc
-import sys
-import tempfile
+"""Lazy optimizers on two gloo processes, by DDP with sparse gradients, follow one process."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, Optimizer
 
@@ -32,7 +27,7 @@ def optimizer(kind: str, net: Net) -> Optimizer:
     return Lookahead(lazy, k=2) if kind == "Lookahead" else lazy
 
 
-def follow(rank: int, folder: str) -> None:
+def work(rank: int, folder: str) -> None:
     data = torch.randint(20, (7, 8), generator=torch.Generator().manual_seed(1))
     for kind in ("skip", "decay", "Lookahead", "Lazy", "bfloat16"):
         dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
@@ -51,19 +46,3 @@ def follow(rank: int, folder: str) -> None:
             each = [torch.empty_like(p) for _ in range(2)]
             dist.all_gather(each, p.detach())
             assert torch.equal(*each)  # replicas, also where numbers are rounded at random
-
-
-def work(rank: int, folder: str) -> None:
-    """What is parallel must be gone before the process group is, or its end may wait for ever."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    follow(rank, folder)
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(work, (folder,), nprocs=2)
-    sys.exit(0)

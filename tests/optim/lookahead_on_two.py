@@ -1,18 +1,12 @@
-"""Run as a script: Lookahead on two gloo processes, by DDP and FSDP2, follows the same training in one."""
-
-import gc
-import sys
-import tempfile
+"""Lookahead on two gloo processes, by DDP and FSDP2, follows the same training in one."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
@@ -30,7 +24,7 @@ def step(model: nn.Module, opt: Lookahead, rows: Tensor) -> None:
     opt.step()
 
 
-def follow(rank: int, folder: str) -> None:
+def work(rank: int, folder: str) -> None:
     data = torch.randn(7, 4, 6, generator=torch.Generator().manual_seed(1))
     mine = [rows[2 * rank : 2 * rank + 2] for rows in data]
     alone = net()
@@ -64,19 +58,3 @@ def follow(rank: int, folder: str) -> None:
         step(parallel, opt, mine[i])
         step(sharded, again, mine[i])
         agree(parallel, sharded)
-
-
-def work(rank: int, folder: str) -> None:
-    """What is parallel must be gone before the process group is, or its end may wait for ever."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    follow(rank, folder)
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(work, (folder,), nprocs=2)
-    sys.exit(0)

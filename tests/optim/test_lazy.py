@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from pyseq.ops import _lookahead
 from pyseq.optim import Lazy, LazyAdam, Lookahead, clip_grad_norm_, row_report
-from pyseq.testing import script
 
 ROOM = "lazy_adam"
 MAKE: dict[str, Callable[[Any], Optimizer]] = {
@@ -391,9 +390,9 @@ def test_report_of_rows(tmp_path: Path) -> None:
             row_report(uncounted)
 
 
-def test_two_processes() -> None:
+def test_two_processes(on_two: Callable[[str], None]) -> None:
     """DDP with sparse gradients, LazyAdam and Lazy, follows one process."""
-    script(f"import runpy; runpy.run_path({str(Path(__file__).with_name('lazy_on_two.py'))!r}, run_name='__main__')")
+    on_two("lazy_on_two.py")
 
 
 def test_hooks_that_do_not_run_are_told() -> None:

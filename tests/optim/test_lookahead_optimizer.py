@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, Optimizer, RMSprop, SparseAdam
 
 from pyseq.optim import Lookahead
-from pyseq.testing import script
 
 ROOM = "lookahead"
 Make = Callable[[Any], Optimizer]
@@ -404,11 +403,9 @@ def test_compiled_steps() -> None:
     torch.compiler.reset()
 
 
-def test_two_processes() -> None:
+def test_two_processes(on_two: Callable[[str], None]) -> None:
     """DDP and FSDP2 follow one process; FSDP2 resumes from a distributed checkpoint."""
-    script(
-        f"import runpy; runpy.run_path({str(Path(__file__).with_name('lookahead_on_two.py'))!r}, run_name='__main__')"
-    )
+    on_two("lookahead_on_two.py")
 
 
 def test_wrong_arguments() -> None:

@@ -1,14 +1,11 @@
 """Un-shared models and parts on two gloo processes, by DDP and FSDP2, train as in one with the joined batch.
 
-Run by test_unshare.py, once a rank: `python surgery_on_two.py STORE RANK`; STORE is a file that does not exist yet.
+Run by test_unshare.py on two processes.
 """
 
-import os
-import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -38,12 +35,9 @@ def train(net: Any, inner: Any, x: Tensor) -> dict[str, Tensor]:
     return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in inner.state_dict().items()}
 
 
-def work(store: str, rank: int) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
+def work(rank: int, folder: str) -> None:
     x = torch.linspace(-1, 1, 24).view(6, 4)
     mine = x[3 * rank : 3 * rank + 3]
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     for make in (lambda: unshare(Loop(), example=x), lambda: submodel(Loop(), inputs="block#1", example=x)):
         nets: list[Any] = [make() for _ in range(3)]
         before = {name: p.clone() for name, p in nets[0].named_parameters()}
@@ -54,8 +48,3 @@ def work(store: str, rank: int) -> None:
         for part in (*inner, nets[2]):
             fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
         torch.testing.assert_close(train(nets[2], nets[2], mine), wanted)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    work(sys.argv[1], int(sys.argv[2]))

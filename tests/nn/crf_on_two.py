@@ -1,18 +1,14 @@
 """FSDP2 and DistributedDataParallel over two gloo processes, against one process with the joined batch.
 
-Run by test_crf.py: `python two_processes.py STORE`, where STORE is a file that does not exist yet.
+Run by test_crf.py on two processes.
 """
 
-import os
-import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from pyseq.nn import CRF
@@ -34,9 +30,7 @@ def assert_same_gradients(found: nn.Module, wanted: nn.Module) -> None:
         torch.testing.assert_close(grad.full_tensor() if hasattr(grad, "full_tensor") else grad, q.grad)
 
 
-def work(rank: int, store: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def work(rank: int, folder: str) -> None:
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(1)
     x, tags = torch.randn(6, 5, 4), torch.randint(3, (6, 5))
@@ -59,8 +53,3 @@ def work(rank: int, store: str) -> None:
     for method in ("viterbi", "marginals", "decode"):
         found, wanted = (getattr(net.crf, method)(emissions) for net in (sharded, alone))
         torch.testing.assert_close(found, wanted)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    spawn(work, (sys.argv[1],), nprocs=2)
