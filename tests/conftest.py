@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,6 +98,17 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Iterator[Callable[[str], Any]]:
+    """Import what uses transformers, which looks for a package that the repository's `kernels` is not."""
+    root = Path(__file__).resolve().parents[1]
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "path", [path for path in sys.path if path and Path(path).resolve() != root])
+        warnings.simplefilter("ignore")
+        pytest.importorskip("transformers", reason="pip install transformers")
+        yield importlib.import_module
 
 
 @pytest.fixture

@@ -1,13 +1,10 @@
 """Copies instead of shared modules: the same bits, exact relations of gradients and optimizers, and the way back."""
 
 import copy
-import importlib
 import io
 import pickle
-import sys
 import types
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -730,14 +727,8 @@ def test_what_is_refused(inplace: bool) -> None:
 
 
 @pytest.fixture(scope="module")
-def albert() -> Iterator[Any]:
-    """transformers' models; the repository's `kernels` is not the package of that name that transformers looks for."""
-    root = Path(__file__).resolve().parents[2]
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        patch.setattr(sys, "path", [path for path in sys.path if path and Path(path).resolve() != root])
-        warnings.simplefilter("ignore")
-        pytest.importorskip("transformers", reason="un-shares its ALBERT: pip install transformers")
-        yield importlib.import_module("transformers.models.albert")
+def albert(transformers: Callable[[str], Any]) -> Any:
+    return transformers("transformers.models.albert")
 
 
 IDS = torch.arange(12).view(2, 6)
