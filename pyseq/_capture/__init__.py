@@ -17,8 +17,10 @@ from pyseq._capture._trace import of_torch as of_torch
 from pyseq._capture._values import Built as Built
 from pyseq._capture._values import Flag as Flag
 from pyseq._capture._values import Graph as Graph
+from pyseq._capture._values import Held as Held
 from pyseq._capture._values import Node as Node
 from pyseq._capture._values import Uncapturable as Uncapturable
 from pyseq._capture._values import leaves as leaves
 from pyseq._capture._values import mapped as mapped
 from pyseq._capture._values import place as place
+from pyseq._capture._values import version as version

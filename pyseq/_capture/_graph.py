@@ -1,6 +1,8 @@
 """The graph of a model in each mode, by running it on an example."""
 
+import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -45,8 +47,13 @@ def signature(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 @contextmanager
 def untouched(model: nn.Module, *more: Tensor) -> Iterator[None]:
-    """Without gradients; behind it buffers, the tensors named, modes and random numbers are as before."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Without gradients; behind it modules' attributes and hooks, buffers, the tensors named and random numbers are as
+    before."""
+    lazy = [name for name, x in model.named_parameters() if nn.parameter.is_lazy(x)]
+    if lazy:
+        raise ValueError(f"{lazy[0]} has no shape before the model's first run: call the model once")
+    before = [(module, {**vars(module)}) for module in model.modules()]
+    held = [(x, copy.copy(x)) for _, own in before for name, x in own.items() if _is_container(name, x)]
     buffers = [(m, name, x) for m in model.modules() for name, x in m.named_buffers(recurse=False)]
     tensors = [(x, x.detach().clone()) for x in (*model.buffers(), *more)]
     devices = {x.device for x in (*model.parameters(), *model.buffers()) if x.is_cuda}
@@ -60,12 +67,22 @@ def untouched(model: nn.Module, *more: Tensor) -> Iterator[None]:
         for x, old in tensors:
             if not torch.equal(x, old):  # a copy would spoil graphs that hold the tensor
                 x.detach().copy_(old)
-        for module, mode in modes:
-            module.training = mode
+        for container, old in held:
+            if [*container] != [*old] if isinstance(container, (dict, set)) else True:
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(old)
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+def _is_container(name: str, x: Any) -> bool:
+    """Hooks, and what forward passes collect; parameters, buffers and modules are not a run's to change."""
+    return type(x) in (list, dict, set, OrderedDict) and name not in ("_parameters", "_buffers", "_modules")
 
 
 def _graph(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool, opaque: set[str],
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool, opaque: dict[str, str],
     descend: Collection[str],
 ) -> Graph:  # fmt: skip
     """One mode's graph; modules whose code cannot be recorded are added to `opaque`."""
@@ -80,15 +97,15 @@ def _graph(
                 {name: trace.input(name, x) for name, x in kwargs.items()},
             )
             try:
-                with trace.recording():
+                with torch.inference_mode(False), torch.enable_grad(), trace.recording():
                     output = model(*given[0], **given[1])
             except Exception as error:
                 inner = trace.culprit
                 if not inner or inner in opaque or any(x.startswith(f"{inner}.") for x in descend):
                     raise Uncapturable(str(error)) from error
-                opaque.add(inner)
+                opaque[inner] = str(error)
                 continue
-        trace.graph.output = mapped(trace._of, output)
+        trace.graph.output = mapped(trace._seen, output)
         return trace.graph
 
 
@@ -98,7 +115,7 @@ def capture(model: nn.Module, example: Any, descend: Collection[str] = ()) -> di
     descend: paths to open although they are torch's own. Raises Uncapturable, with the reason.
     """
     args, kwargs = arguments(model, example)
-    opaque: set[str] = set()
+    opaque: dict[str, str] = {}
     known = -1
     while len(opaque) != known:
         known = len(opaque)

@@ -14,11 +14,13 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from pyseq._capture._values import (
     STAND_INS,
     Graph,
     Guard,
+    Held,
     Node,
     Sizes,
     TensorValue,
@@ -27,6 +29,7 @@ from pyseq._capture._values import (
     leaves,
     mapped,
     place,
+    version,
 )  # fmt: skip
 
 FACTORIES = (
@@ -80,7 +83,6 @@ BINARY = (
 )  # fmt: skip
 APPLY = torch.autograd.Function.__dict__["apply"]
 LOCK = threading.RLock()
-MISSING = object()
 
 
 @dataclass
@@ -90,13 +92,15 @@ class Frame:
     path: str
     names: Counter[str] = field(default_factory=Counter)
 
-    def address(self, name: str) -> str:
-        """Of a function's result: the second relu of a call is relu_1."""
+    def address(self, name: str, paths: Collection[str]) -> str:
+        """Of a function's result: the second relu of a call is relu_1, and so is the first beside a module relu."""
         name = name.strip("_")
         name = {"truediv": "div", "iadd": "add", "rsub": "sub"}.get(name, name)
+        under = f"{self.path}." if self.path else ""
+        if name not in self.names and f"{under}{name}" in paths:
+            self.names[name] = 1
         self.names[name] += 1
-        name = f"{name}_{self.names[name] - 1}" if self.names[name] > 1 else name
-        return f"{self.path}.{name}" if self.path else name
+        return f"{under}{name}_{self.names[name] - 1}" if self.names[name] > 1 else f"{under}{name}"
 
 
 def of_torch(module: nn.Module) -> bool:
@@ -104,20 +108,36 @@ def of_torch(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] == "torch" and not isinstance(module, CONTAINERS)
 
 
-class Trace:
-    """Records one run."""
+class Made(TorchFunctionMode):
+    """Notes down the tensors that come to be inside of a node."""
 
-    def __init__(self, model: nn.Module, opaque: Collection[str], descend: Collection[str]) -> None:
-        self.model, self.opaque, self.descend = model, opaque, descend
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.tensors.update((id(x), x) for x in leaves(result) if isinstance(x, Tensor))
+        return result
+
+
+class Trace:
+    """Records one run. flip: a line of code; what it reads of a size is taken for another there."""
+
+    def __init__(self, model: nn.Module, opaque: Mapping[str, str], descend: Collection[str], flip: str = "") -> None:
+        self.opaque, self.descend, self.flip = opaque, descend, flip
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.names = {id(x): name for name, x in (*model.named_parameters(), *model.named_buffers())}
-        self.graph = Graph([], {}, {}, None, [], {})
+        self.modules = {*self.paths.values()}
+        self.graph = Graph([], {}, {}, None, [], {}, {**opaque})
         self.frames = [Frame("")]
         self.known: dict[str, TensorValue] = {}  # of parameters and buffers
         self.kept: list[tuple[Node, Tensor, int]] = []  # with the version that the node made
         self.latest: dict[int, Node] = {}  # of tensors that a node changed in place and returned
+        self.first: dict[int, Node] = {}  # that gave a tensor
+        self.made, self.casts = Made(), list[Any]()
+        self.held: list[Any] = []
         self.running, self.culprit, self.thread = False, "", threading.get_ident()
-        self.assigned: list[tuple[nn.Module, str, Any]] = []
 
     @property
     def active(self) -> bool:
@@ -125,12 +145,21 @@ class Trace:
 
     def _node(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Node:
         node = Node(len(self.graph.nodes), op, target, args, dict(kwargs or {}), self.frames[-1].path, place())
+        if op not in ("input", "tensor"):
+            node.under = self._under()
         self.graph.nodes.append(node)
         return node
 
+    def _under(self) -> tuple[str, ...]:
+        if torch.is_inference_mode_enabled():
+            raise Uncapturable(f"inference mode at {place()}")
+        casts = [f"torch.autocast({x.device!r}, {x.fast_dtype}, {x._enabled}, {x._cache_enabled})" for x in self.casts]
+        return (*(() if torch.is_grad_enabled() else ("torch.no_grad()",)), *casts)
+
     def _kept(self, node: Node, tensor: Tensor) -> TensorValue:
         node.shape, node.dtype = (*tensor.shape,), tensor.dtype
-        self.kept.append((node, tensor, tensor._version))
+        self.kept.append((node, tensor, version(tensor)))
+        self.first.setdefault(id(tensor), node)
         stand_in = tensor.detach().as_subclass(TensorValue)
         stand_in._trace, stand_in._node, stand_in._real = self, node, tensor
         return stand_in
@@ -139,7 +168,9 @@ class Trace:
         """Of the model, a stand-in for each tensor in it."""
 
         def stand_in(leaf: Any) -> Any:
-            return self._kept(node(), leaf) if isinstance(leaf, Tensor) else leaf
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return self._kept(node(), leaf.clone() if leaf.is_inference() else leaf)
 
         def node() -> Node:
             return self._node("input", name)
@@ -154,38 +185,69 @@ class Trace:
         return self.known[name]
 
     def _of(self, x: Any) -> Any:
-        """The node of a stand-in, or of a tensor of the model's; other tensors are constants of the part."""
+        """The node of a stand-in, or of a tensor of the model's; others that were there before are constants."""
         if type(x) in STAND_INS:
-            later = self.latest.get(id(x._real), x._node)
-            return later if later.index > x._node.index else x._node
+            return self._newest(x._node, x._real)
         if not isinstance(x, Tensor):
+            if self._carries(x):
+                raise Uncapturable(f"{type(x).__name__}, which holds tensors of the run, is used at {place()}")
             return x
         name = self.names.get(id(x))
         if name is None:
+            if id(x) in self.first:
+                return self._newest(self.first[id(x)], x)
+            if id(x) in self.made.tensors:
+                raise Uncapturable(f"a tensor that a module kept aside is used at {place()}")
             name = next((n for n, t in self.graph.constants.items() if t is x), f"constant_{len(self.graph.constants)}")
             self.graph.constants[name] = x
         return self.tensor(name, x)._node
+
+    def _newest(self, node: Node, real: Any) -> Node:
+        later = self.latest.get(id(real), node)
+        return later if later.index > node.index else node
+
+    def _seen(self, x: Any) -> Any:
+        """What is at an address, or the model's output: a node, or why it is none."""
+        try:
+            return self._of(x)
+        except Uncapturable as error:
+            if not any(known is x for known in self.held):
+                self.held.append(x)
+            return Held(next(i for i, known in enumerate(self.held) if known is x), str(error))
+
+    def _carries(self, x: Any, depth: int = 4) -> bool:
+        """Whether an object has tensors of this run in it."""
+        if type(x) in STAND_INS:
+            return True
+        if isinstance(x, Tensor):
+            known = self.first.get(id(x))
+            return id(x) not in self.names and (known.op != "tensor" if known else id(x) in self.made.tensors)
+        if depth == 0 or isinstance(x, (type, nn.Module)):
+            return False
+        inner = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple, set)) else ()
+        return any(self._carries(one, depth - 1) for one in (*inner, *getattr(x, "__dict__", {}).values()))
 
     def _run(self, op: str, target: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Node, Any]:
         nodes = mapped(self._of, (args, kwargs))
         real = mapped(lambda x: x._real if type(x) in STAND_INS else x, (args, kwargs))
         given = [x for x in leaves(real) if isinstance(x, Tensor)]
-        before = [x._version for x in given]
+        before = [version(x) for x in given]
         self.running = False
         try:
-            result = call(*real[0], **real[1])
+            with self.made:
+                result = call(*real[0], **real[1])
         finally:
             self.running = True
         node = self._node(op, target, *nodes)
-        if [x._version for x in given] != before:
+        if [version(x) for x in given] != before:
             self._changed(node, result)
         return node, result
 
     def _changed(self, node: Node, result: Any) -> None:
         """A node wrote into tensors: whoever reads one of them later comes after it."""
-        for i, (owner, tensor, version) in enumerate(self.kept):
-            if tensor._version != version:
-                self.kept[i] = (owner, tensor, tensor._version)
+        for i, (owner, tensor, old) in enumerate(self.kept):
+            if version(tensor) != old:
+                self.kept[i] = (owner, tensor, version(tensor))
                 node.mutates.append(owner)
                 if tensor is result:
                     self.latest[id(tensor)] = node
@@ -213,12 +275,12 @@ class Trace:
     def _named(self, node: Node, name: str, found: Any) -> Any:
         """An address, where the result has tensors."""
         if any(type(x) is TensorValue for x in leaves(found)):
-            self._place(self.frames[-1].address(name), node, found)
+            self._place(self.frames[-1].address(name, self.modules), node, found)
         return found
 
     def _place(self, address: str, node: Node | None, found: Any) -> None:
         times = self.graph.places.setdefault(address, [])
-        times.append(mapped(self._of, found))
+        times.append(mapped(self._seen, found))
         if node is not None:
             node.address = address if len(times) == 1 else f"{address}#{len(times) - 1}"
 
@@ -258,6 +320,8 @@ class Trace:
     def guard(self, value: Value, number: bool) -> Any:
         here = Guard(value._node, value._real, len(self.graph.nodes), number, place())
         self.graph.guards.append(here)
+        if self.flip == here.where:
+            return value._real + 1 if number else not value._real
         return value._real
 
     def called(self, original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -305,13 +369,25 @@ class Trace:
         return self.tensor(self.names[id(found)], found)
 
     def assign(self, original: Callable[..., Any], module: nn.Module, name: str, new: Any) -> None:
-        """In place of nn.Module.__setattr__: what forward passes note down is taken back afterwards."""
-        if self.active:
-            if any(type(x) in STAND_INS for x in leaves(new)):
-                raise Uncapturable(f"a tensor is kept as self.{name} at {place()}")
-            if name != "training":
-                self.assigned.append((module, name, module.__dict__.get(name, MISSING)))
+        """In place of nn.Module.__setattr__."""
+        if self.active and any(type(x) in STAND_INS for x in leaves(new)):
+            raise Uncapturable(f"a tensor is kept as self.{name} at {place()}")
         original(module, name, new)
+
+    def entered(self, original: Callable[..., Any], cast: Any) -> Any:
+        if self.active:
+            self.casts.append(cast)
+        return original(cast)
+
+    def left(self, original: Callable[..., Any], cast: Any, *error: Any) -> Any:
+        if self.casts and self.casts[-1] is cast:
+            self.casts.pop()
+        return original(cast, *error)
+
+    def seeded(self, original: Callable[..., Any], *args: Any) -> Any:
+        if self.active:
+            raise Uncapturable(f"random numbers are seeded at {place()}")
+        return original(*args)
 
     def apply(self, kind: Any, /, *args: Any, **kwargs: Any) -> Any:
         """In place of torch.autograd.Function.apply, whose backward is not that of the operations inside."""
@@ -338,9 +414,12 @@ class Trace:
             return mock.patch.object(module, name, own)
 
         with LOCK, ExitStack() as patched:
-            patched.enter_context(instead("__call__", self.called))
-            patched.enter_context(instead("__getattr__", self.attribute))
-            patched.enter_context(instead("__setattr__", self.assign))
+            for name, own in (("__call__", self.called), ("__getattr__", self.attribute), ("__setattr__", self.assign)):
+                patched.enter_context(instead(name, own))
+            patched.enter_context(instead("__enter__", self.entered, torch.autocast))
+            patched.enter_context(instead("__exit__", self.left, torch.autocast))
+            for name in ("manual_seed", "seed", "set_rng_state"):
+                patched.enter_context(instead(name, self.seeded, torch))
             patched.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(self.apply)))
             for module, names in ((torch, (*FACTORIES, *SIZED)), (math, FLOATS)):
                 for name in names:
@@ -350,11 +429,6 @@ class Trace:
                 yield
             finally:
                 self.running = False
-        for module, name, old in reversed(self.assigned):
-            if old is MISSING:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = old
 
 
 def passed(x: Any) -> Any:
@@ -362,12 +436,12 @@ def passed(x: Any) -> Any:
     return x
 
 
-def instead(name: str, own: Callable[..., Any]) -> Any:
-    """A context in which own(original, module, ...) runs in place of that method of every module."""
-    original = getattr(nn.Module, name)
+def instead(name: str, own: Callable[..., Any], kind: Any = nn.Module) -> Any:
+    """A context in which own(original, ...) runs in place of that method of every module, or of another kind."""
+    original = getattr(kind, name)
 
     @wraps(original)
-    def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return own(original, module, *args, **kwargs)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return own(original, *args, **kwargs)
 
-    return mock.patch.object(nn.Module, name, method)
+    return mock.patch.object(kind, name, method)

@@ -35,7 +35,7 @@ def mapped(change: Callable[[Any], Any], tree: Any, build: bool = False) -> Any:
     if kind is Node or kind in STAND_INS:
         return change(tree)
     if isinstance(tree, tuple):
-        return kind(*map(again, tree)) if hasattr(tree, "_fields") else tuple(map(again, tree))
+        return kind._make(map(again, tree)) if hasattr(tree, "_fields") else tuple(map(again, tree))
     if isinstance(tree, list):
         return list(map(again, tree))
     if is_dataclass(tree) and not isinstance(tree, type):
@@ -54,6 +54,11 @@ def leaves(tree: Any) -> list[Any]:
     found: list[Any] = []
     mapped(found.append, tree)
     return found
+
+
+def version(x: Tensor) -> int:
+    """Counts writes; of inference tensors, which nobody may write to outside of that mode, none."""
+    return 0 if x.is_inference() else x._version
 
 
 class Built:
@@ -78,6 +83,7 @@ class Node:
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
     mutates: list["Node"] = field(default_factory=list)
+    under: tuple[str, ...] = ()  # contexts that it runs in, as code
 
     def __repr__(self) -> str:
         return f"<{self.index}: {self.address or self.op}>"
@@ -106,9 +112,20 @@ class Flag:
     contrary: bool = False
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a value has in it that no node gives: the part that wants it is no graph."""
+
+    number: int  # equal for one object
+    reason: str
+
+
 @dataclass
 class Graph:
-    """Of one mode. places: for each address the results (structures of nodes) of each time that it was computed."""
+    """Of one mode. places: for each address the results (structures of nodes) of each time that it was computed.
+
+    closed: modules whose own code is none, and why.
+    """
 
     nodes: list[Node]
     places: dict[str, list[Any]]
@@ -116,6 +133,7 @@ class Graph:
     output: Any
     guards: list[Guard]
     constants: dict[str, Tensor]
+    closed: dict[str, str] = field(default_factory=dict)
 
 
 class Sizes(tuple[Any, ...]):

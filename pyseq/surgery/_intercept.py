@@ -21,6 +21,7 @@ from pyseq._capture import (
     place,
     signature,
     untouched,
+    version,
 )
 from pyseq.surgery._parts import found, hold_tensor, shell, shown
 
@@ -44,6 +45,7 @@ class Run(TorchFunctionMode):
         super().__init__()
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.names = {id(x): name for name, x in (*model.named_parameters(), *model.named_buffers())}
+        self.modules = {*self.paths.values()}
         self.replace, self.keep, self.stop = replace, keep, stop
         self.frames: list[tuple[Frame, bool]] = [(Frame(""), True)]  # and whether functions in it have names
         self.times: Counter[str] = Counter()
@@ -67,15 +69,15 @@ class Run(TorchFunctionMode):
                 f"the model's code reads values of {stray} at {place()}, which the part does not see: "
                 "add what they come from to inputs"
             )
-        before = [x._version for x in given]
+        before = [version(x) for x in given]
         result = func(*args, **kwargs)
         made = [x for x in leaves(result) if isinstance(x, Tensor)]
         if not made and name == "__get__":
             return result
         (self.passed if stray else self.used).update(self.names[id(x)] for x in given if id(x) in self.names)
         frame, named = self.frames[-1]
-        address = frame.address(name) if named and made else None
-        written = [x for x, version in zip(given, before, strict=True) if x._version != version]
+        address = frame.address(name, self.modules) if named and made else None
+        written = [x for x, old in zip(given, before, strict=True) if version(x) != old]
         self._spread(stray, given, [*made, *written], address or frame.path)
         return result if address is None else self.at(address, result)
 

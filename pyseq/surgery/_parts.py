@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyseq._capture import Built, Flag, Graph, Node, leaves
+from pyseq._capture import Built, Flag, Graph, Held, Node, Uncapturable, leaves
 
 SPACES = {"torch": torch, "F": F, "operator": operator, "math": math}
 
@@ -196,6 +196,7 @@ class Writer:
         self.lines: list[str] = []
         self.modules: set[str] = set()
         self.flags: set[str] = set()
+        self.held: dict[Held, str] = {}  # those that an input has in it
 
     def object(self, x: Any, prefix: str = "c") -> str:
         for name, known in self.objects.items():
@@ -209,6 +210,10 @@ class Writer:
         kind = type(x)
         if kind is Node:
             return self.names[x]
+        if kind is Held:
+            if x not in self.held:
+                raise Uncapturable(x.reason)
+            return self.held[x]
         if kind is Flag:
             self.flags.add(x.owner)
             return f"{'not ' if x.contrary else ''}{path('self', x.owner)}.training"
@@ -217,7 +222,7 @@ class Writer:
         if kind is slice:
             return f"slice({self.text(x.start)}, {self.text(x.stop)}, {self.text(x.step)})"
         if isinstance(x, tuple) and hasattr(x, "_fields"):
-            return f"{self.object(kind, 'Kind')}({', '.join(map(self.text, x))})"
+            return f"{self.object(kind, 'Kind')}._make(({''.join(f'{self.text(one)}, ' for one in x)}))"
         if isinstance(x, tuple):
             return f"({''.join(f'{self.text(one)}, ' for one in x)})"
         if kind is list:
@@ -253,16 +258,18 @@ class Writer:
         held = cut.guards()
         parameters = [self._start(name, tree) for name, tree in cut.starts.items()]
         needed = sorted(cut.needed, key=lambda x: x.index)
+        seen_at = {node: f"_hold(v{node.index}, {self.text(seen)}, {what!r})" for node, seen, what in held}
         wrote = {x for node in needed for x in node.mutates}
         for node in sorted(cut.given & wrote, key=lambda x: x.index):
             self.lines.append(f"{self.names[node]} = {self.names[node]}.clone()")  # the caller's stays as it is
         for node in needed:
             line = self.step(node)
             self.names[node] = f"v{node.index}"
-            self.lines.append(f"v{node.index} = {line}")
+            under = f"with {', '.join(node.under)}: " if node.under else ""
+            self.lines.append(f"{under}v{node.index} = {line}")
+            if node in seen_at:
+                self.lines.append(seen_at[node])
         result = self._result(wrote)
-        for node, seen, what in held:
-            self.lines.append(f"_hold({self.names[node]}, {self.text(seen)}, {what!r})")
         body = "\n    ".join([*self._freed(result), f"return {result}"])
         return Program(f"def forward(self, {', '.join(parameters)}):\n    {body}\n", self.objects)
 
@@ -293,6 +300,9 @@ class Writer:
         elif type(tree) is Built:
             for key, one in tree.values.items():
                 self._unpacked(one, f"{at}.{key}", f"{name}.{key}")
+        elif type(tree) is Held:
+            self.held[tree] = f"held{tree.number}"
+            self.lines.append(f"held{tree.number} = {at}")
         else:
             self.lines.append(f"_hold({at}, {self.text(tree)}, {name!r})")
 
@@ -301,7 +311,7 @@ class Writer:
         if self.cut.fixed:
             for node in {x for x in self.cut.last if x in wrote}:
                 made, kept = self.names[node], f"kept{node.index}"
-                at = next((i for i, x in enumerate(self.lines) if x.startswith(f"{made} = ")), -1)
+                at = next((i for i, x in enumerate(self.lines) if re.search(rf"(^|: ){made} = ", x)), -1)
                 self.lines.insert(at + 1, f"{kept} = {made}.clone()")
                 self.names[node] = kept
         return self.text(self.cut.ends)

@@ -107,7 +107,12 @@ def submodel(
     starts, ends = listed(inputs, "inputs"), listed(outputs, "outputs")
     wanted = [*(starts or ()), *(ends or ())]
     graphs, reason = _graphs(model, example, wanted)
-    return from_graphs(model, graphs, starts, ends) if graphs else Intercepted(model, starts, ends, example, reason)
+    if graphs:
+        try:
+            return from_graphs(model, graphs, starts, ends)
+        except Uncapturable as error:
+            reason = str(error)
+    return Intercepted(model, starts, ends, example, reason)
 
 
 def _graphs(model: nn.Module, example: Any, wanted: Sequence[str]) -> tuple[dict[bool, Graph], str]:
@@ -141,10 +146,13 @@ def rerun(model: nn.Module, args: Any, edits: Mapping[str, Any]) -> Any:
         raise ValueError("edits must name at least one address, got none; call the model itself")
     given, keywords = arguments(model, args)
     graphs, _ = _graphs(model, args, [*edits])
-    if not graphs:
-        places, inputs = listing(model, args)
-        for name in edits:
-            found(places, inputs, name)
-        return run(model, given, keywords, replace=edits)
-    part = from_graphs(model, graphs, None, None, [*edits])
-    return part(*edits.values(), **signature(model, given, keywords))
+    if graphs:
+        try:
+            part = from_graphs(model, graphs, None, None, [*edits])
+            return part(*edits.values(), **signature(model, given, keywords))
+        except Uncapturable:
+            pass
+    places, inputs = listing(model, args)
+    for name in edits:
+        found(places, inputs, name)
+    return run(model, given, keywords, replace=edits)

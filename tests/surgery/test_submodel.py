@@ -612,3 +612,143 @@ def test_bad_input() -> None:
 def test_the_two_graphs_are_one_where_flags_alone_differ() -> None:
     graphs = capture(Residual(), torch.randn(2, 3, 9))
     assert graphs[True] is graphs[False]
+
+
+# what the model's code does beside computing
+
+
+class Aside(nn.Module):
+    """Keeps a loss on the side, as mixtures of experts do, and what its hook saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out, self.calls = nn.ModuleDict({"l": nn.Linear(4, 4), "own": KeepsOne()}), nn.Linear(4, 4), 0
+        self.notes: list[Tensor] = []
+        self.inner["l"].register_forward_hook(lambda _module, _args, output: self.notes.append(output))
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        self.notes.clear()
+        h = self.inner["own"](self.inner["l"](x))
+        return self.out(h), self.inner["own"].aside, tuple(self.notes)
+
+
+class KeepsOne(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.aside: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside = (x * self.weight).square().mean()
+        return x * self.weight
+
+
+def test_tensors_kept_aside() -> None:
+    """They are those of the run, with gradients, never the example's; the model's attributes stay as they were."""
+    model, x, y = Aside(), torch.randn(3, 4), torch.randn(5, 4)
+    before = {name: {**vars(module)} for name, module in model.named_modules()}
+    surgery.nodes(model, x)
+    part: Any = surgery.submodel(model, example=x)
+    assert {name: {**vars(module)} for name, module in model.named_modules()} == before
+    assert (model.calls, model.notes) == (0, [])
+    for found, wanted in zip((*part(y)[:2], *part(y)[2]), (*model(y)[:2], *model(y)[2]), strict=True):
+        assert torch.equal(found, wanted)
+    part(y)[1].backward()
+    assert model.get_parameter("inner.own.weight").grad is not None
+    edited, weight = surgery.rerun(model, x, {"inner.l": y[:3]}), model.get_parameter("inner.own.weight")
+    assert torch.equal(edited[1], (y[:3] * weight).square().mean())
+    assert type(surgery.submodel(model, "out", example=x)).__name__ == "Part"
+
+
+class Contexts(nn.Module):
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        self.frozen, self.low, self.head, self.on = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), on
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.frozen(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.on):
+            x = self.low(x.float())
+        return self.head(x.float())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("ambient", [True, False])
+def test_contexts_of_the_models_code(on: bool, ambient: bool) -> None:
+    """no_grad and autocast blocks act in parts as in the model, whatever surrounds both."""
+    model, x = Contexts(on), torch.randn(3, 4)
+    part: Any = surgery.submodel(model, example=x)
+    low, tail = surgery.submodel(model, "low", example=x), surgery.submodel(model, inputs="low", example=x)
+    assert low(x).dtype is (torch.bfloat16 if on else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=ambient):
+        assert torch.equal(part(x), model(x))
+        assert torch.equal(tail(low(x)), model(x))
+    part(x).sum().backward()
+    assert model.frozen.weight.grad is None
+    assert model.low.weight.grad is not None
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(part, backend="aot_eager", fullgraph=True)(x), model(x))
+
+
+def test_inference_and_seeds_are_left_to_the_model() -> None:
+    class Inferred(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                return super().forward(x)
+
+    class Seeded(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            torch.manual_seed(0)
+            return super().forward(x) + torch.rand(4)
+
+    for kind, reason in ((Inferred, "inference mode"), (Seeded, "random numbers are seeded")):
+        inner, x = kind(4, 4), torch.randn(3, 4)
+        part: Any = surgery.submodel(nn.Sequential(inner), "0", example=x)
+        assert torch.equal(part(x), inner(x))
+        with torch.inference_mode():
+            surgery.nodes(inner, torch.randn(3, 4))
+        alone = surgery.submodel(inner, example=x)
+        assert reason in str(alone)
+        assert torch.equal(alone(x), inner(x))
+
+
+def test_packed_sequences() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.out = nn.GRU(4, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            states, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True)
+            return self.out(states)  # type: ignore[no-any-return]
+
+    model, example = Packed(), (torch.randn(2, 5, 4), torch.tensor([3, 5]))
+    other = torch.randn(3, 7, 4), torch.tensor([3, 7, 2])
+    assert torch.equal(surgery.submodel(model, example=example)(*other), model(*other))
+    head, tail = surgery.submodel(model, "gru", example=example), surgery.submodel(model, inputs="out", example=example)
+    states, _ = nn.utils.rnn.pad_packed_sequence(head(*other)[0], batch_first=True)
+    assert torch.equal(tail(model.out(states)), model(*other))
+
+
+def test_a_function_called_as_a_module() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu, self.inner = nn.ReLU(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.inner(self.relu(x)))
+
+    model, x = Both(), torch.randn(3, 4)
+    assert [place.address for place in surgery.nodes(model, x)] == ["x", "relu", "inner", "relu_1"]
+    assert torch.equal(surgery.submodel(model, "relu_1", example=x)(x), model(x))
+
+
+def test_a_model_that_never_ran() -> None:
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"0\.weight has no shape before the model's first run"):
+        surgery.nodes(model, torch.randn(2, 4))
+    assert type(model[0]) is nn.LazyLinear
