@@ -7,9 +7,11 @@ cannot be. Modules of torch, and those whose code cannot be recorded, are nodes 
 
 from pyseq._capture._graph import arguments as arguments
 from pyseq._capture._graph import capture as capture
+from pyseq._capture._graph import flipped as flipped
 from pyseq._capture._graph import signature as signature
 from pyseq._capture._graph import untouched as untouched
 from pyseq._capture._trace import LOCK as LOCK
+from pyseq._capture._trace import SIZES as SIZES
 from pyseq._capture._trace import VALUES as VALUES
 from pyseq._capture._trace import Frame as Frame
 from pyseq._capture._trace import instead as instead

@@ -83,11 +83,11 @@ def _is_container(name: str, x: Any) -> bool:
 
 def _graph(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool, opaque: dict[str, str],
-    descend: Collection[str],
+    descend: Collection[str], flip: str = "",
 ) -> Graph:  # fmt: skip
-    """One mode's graph; modules whose code cannot be recorded are added to `opaque`."""
+    """One mode's graph; modules whose code cannot be recorded are added to `opaque`, unless it is a flipped run."""
     while True:
-        trace = Trace(model, opaque, descend)
+        trace = Trace(model, opaque, descend, flip)
         names = iter(signature(model, args, kwargs))
         with untouched(model):
             for module in model.modules():
@@ -100,6 +100,8 @@ def _graph(
                 with torch.inference_mode(False), torch.enable_grad(), trace.recording():
                     output = model(*given[0], **given[1])
             except Exception as error:
+                if flip:
+                    raise
                 inner = trace.culprit
                 if not inner or inner in opaque or any(x.startswith(f"{inner}.") for x in descend):
                     raise Uncapturable(str(error)) from error
@@ -122,6 +124,12 @@ def capture(model: nn.Module, example: Any, descend: Collection[str] = ()) -> di
         graphs = {mode: _graph(model, args, kwargs, mode, opaque, descend) for mode in (True, False)}
     merged = _merged(graphs[True], graphs[False])
     return {True: merged, False: merged} if merged else graphs
+
+
+def flipped(model: nn.Module, example: Any, descend: Collection[str], graph: Graph, mode: bool, where: str) -> Graph:
+    """The graph again, had the code at this line read another size. Raises what the model raises."""
+    args, kwargs = arguments(model, example)
+    return _graph(model, args, kwargs, mode, {**graph.closed}, descend, where)
 
 
 def _next(rest: Iterator[Any], _: Any) -> Any:

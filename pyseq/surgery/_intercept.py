@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyseq._capture import (
     LOCK,
+    SIZES,
     VALUES,
     Frame,
     arguments,
@@ -57,6 +58,7 @@ class Run(TorchFunctionMode):
         self.used: set[str] = set()  # parameters and buffers that values took that are not stray
         self.passed: set[str] = set()  # those that others took
         self.random = torch.get_rng_state()
+        self.sized = ""  # the sizes that replacements have in the example, where they have others now
         for x in stray:
             self.stray[storage(x)] = "an input"
 
@@ -72,6 +74,11 @@ class Run(TorchFunctionMode):
         before = [version(x) for x in given]
         result = func(*args, **kwargs)
         made = [x for x in leaves(result) if isinstance(x, Tensor)]
+        if stray and self.sized and self.frames[-1][1] and reads_size(func):
+            raise ValueError(
+                f"the model's code reads a size of {stray} at {place()}, which this part takes from its example: give "
+                f"values of the example's sizes, {self.sized}, or add what that comes from to inputs"
+            )
         if not made and name == "__get__":
             return result
         (self.passed if stray else self.used).update(self.names[id(x)] for x in given if id(x) in self.names)
@@ -145,10 +152,11 @@ def storage(x: Tensor) -> int:
 def run(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, replace: Mapping[str, Any] | None = None,
     keep: Sequence[str] | None = (), stop: bool = False, stray: list[Tensor] | None = None,
-    seen: list[Run] | None = None,
+    seen: list[Run] | None = None, sized: str = "",
 ) -> Any:  # fmt: skip
     """The model's result, or the values at `keep` where that names some; seen gets the run."""
     one = Run(model, replace or {}, keep, stop, stray or [])
+    one.sized = sized
     if seen is not None:
         seen.append(one)
     result: Any = None
@@ -196,6 +204,7 @@ class Intercepted(nn.Module):
         for name in (*(inputs or ()), *(outputs or ())):
             found(places, own, name)
         self._example = own if inputs is not None else None
+        self._sizes = [sizes(found(places, own, name)) for name in inputs or ()]
         self.training = model.training
         drop = self._trial(places, own)
         persistent = set(model.state_dict())
@@ -239,8 +248,11 @@ class Intercepted(nn.Module):
             else:
                 own[name] = mapped(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, x, build=True)
                 stray += [x for x in leaves(own[name]) if isinstance(x, Tensor)]
-        stop = bool(self.outputs)
-        return run(self._held[0], (), own, replace=given, keep=self.outputs or (), stop=stop, stray=stray, seen=seen)
+        same = [sizes(x) for x in args] == self._sizes
+        return run(
+            self._held[0], (), own, replace=given, keep=self.outputs or (), stop=bool(self.outputs), stray=stray,
+            seen=seen, sized="" if same else ", ".join(str(x) for one in self._sizes for x in one),
+        )  # fmt: skip
 
     def train(self, mode: bool = True) -> "Intercepted":
         super().train(mode)
@@ -249,6 +261,15 @@ class Intercepted(nn.Module):
 
     def extra_repr(self) -> str:
         return f"inputs: {shown(self.inputs)}; outputs: {shown(self.outputs)}; runs the model's code: {self.reason}"
+
+
+def reads_size(func: Any) -> bool:
+    name = func.__name__
+    return name in SIZES or (name == "__get__" and getattr(func.__self__, "__name__", "") == "shape")
+
+
+def sizes(tree: Any) -> list[tuple[int, ...]]:
+    return [(*x.shape,) for x in leaves(tree) if isinstance(x, Tensor)]
 
 
 def copied(x: Any) -> Any:

@@ -5,8 +5,9 @@ import keyword
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,20 +156,17 @@ class Cut:
         ]
 
     def guards(self) -> list[tuple[Node, Any, str]]:
-        """What a part can check of the sizes it gets; raises for what it cannot see and the model's code went by."""
+        """What a part can check of the sizes it gets; `unseen` has the lines that read others, with their values."""
+        self.unseen: dict[str, str] = {}
         if not self.needed:
             return []
         held, end = [], max(x.index for x in self.needed)
-        first = min((x.index for x in self.given), default=0)
         for guard in self.graph.guards:
             want = self._closure([guard.node])
             tensors = {x for x in want if x.shape is not None}
             if any(x.op == "input" for x in want):
-                if guard.position <= end and (guard.number or guard.position > first):
-                    raise ValueError(
-                        f"the model's code reads a size of {self._source(want)} at {guard.where}, and the part cannot: "
-                        "add that value to inputs"
-                    )
+                if guard.position <= end:
+                    self.unseen.setdefault(guard.where, self._source(want))
             elif tensors <= self.needed:
                 self.needed |= want
                 held.append((guard.node, guard.seen, f"what {guard.where} reads of a size"))
@@ -194,6 +192,7 @@ class Writer:
         self.names: dict[Node, str] = {}
         self.objects: dict[str, Any] = {}
         self.lines: list[str] = []
+        self.written = Program("", {})
         self.modules: set[str] = set()
         self.flags: set[str] = set()
         self.held: dict[Held, str] = {}  # those that an input has in it
@@ -272,6 +271,14 @@ class Writer:
         result = self._result(wrote)
         body = "\n    ".join([*self._freed(result), f"return {result}"])
         return Program(f"def forward(self, {', '.join(parameters)}):\n    {body}\n", self.objects)
+
+    def plain(self) -> tuple[str, list[Any]]:
+        """The code with its variables numbered from 0, and what it names."""
+        names: dict[str, str] = {}
+        source = re.sub(
+            r"\b(v|held|kept)\d+\b", lambda x: names.setdefault(x[0], f"{x[1]}_{len(names)}"), self.written.source
+        )
+        return source, [x for x in self.objects.values() if isinstance(x, (int, float, str, torch.dtype, torch.device))]
 
     def _start(self, name: str, tree: Any) -> str:
         """A parameter; whatever is no tensor in it must be as it was."""
@@ -392,6 +399,12 @@ def separated(cut: Cut, inputs: Sequence[str], outputs: Sequence[str] | None) ->
             for x, y in leaks
             if x is not y
         }
+        some = [named(x) for x, y in leaks if x is y]
+        if not past and {*some} < {named(x) for x in cut.last}:
+            more = ", ".join(dict.fromkeys(some))
+            raise ValueError(
+                f"the cut at {', '.join(map(repr, inputs))} leaks: {more} is part of the result; add {more} to inputs"
+            )
         if not past:
             ends = "the model's output" if outputs is None else ", ".join(map(repr, outputs))
             raise ValueError(f"{ends} does not come after {', '.join(map(repr, inputs))}; choose earlier inputs")
@@ -403,28 +416,67 @@ def separated(cut: Cut, inputs: Sequence[str], outputs: Sequence[str] | None) ->
             raise ValueError(f"the outputs do not hang on {name!r}; leave it out of inputs")
 
 
+def written_by(
+    graph: Graph, inputs: list[str] | None, outputs: list[str] | None, edited: Sequence[str]
+) -> Writer:  # fmt: skip
+    starts = {name: found(graph.places, graph.inputs, name) for name in edited}
+    own = inputs is None
+    starts |= graph.inputs if own else {name: found(graph.places, graph.inputs, name) for name in inputs or ()}
+    ends: Any = graph.output
+    if outputs is not None:
+        each = tuple(found(graph.places, graph.inputs, name) for name in outputs)
+        ends = each[0] if len(each) == 1 else each
+    cut = Cut(graph, starts, ends, at_the_end=outputs is None)
+    if not own:
+        separated(cut, inputs or (), outputs)
+    writer = Writer(cut)
+    writer.written = writer.program()
+    return writer
+
+
+def steered(writer: Writer, other: Callable[[str], Writer], where: str) -> bool:
+    """Whether the part would be another, had a line of code before the cut read another size there.
+
+    A line that checks, and raises its own error, steers nothing.
+    """
+    try:
+        again = other(where)
+    except (AssertionError, TypeError, NotImplementedError):
+        return False
+    except ValueError as error:
+        return not error.__traceback__ or _is_own(error)
+    except (RuntimeError, IndexError, KeyError, AttributeError):
+        return True
+    return writer.plain() != again.plain()
+
+
+def _is_own(error: Exception) -> bool:
+    """Raised by this module, as of an address that is not there any more, not by the model."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and last.tb_frame.f_code.co_filename == __file__
+
+
 def from_graphs(
     model: nn.Module, graphs: Mapping[bool, Graph], inputs: list[str] | None, outputs: list[str] | None,
-    edited: Sequence[str] = (),
+    flip: Callable[[Graph, bool, str], Graph], edited: Sequence[str] = (),
 ) -> Part:  # fmt: skip
-    """The part; edited: addresses that it takes besides the model's own inputs."""
+    """The part; edited: addresses that it takes besides the model's own inputs. flip: see `steered`."""
     part = Part([*edited] if edited else inputs, outputs)
     part.training = model.training
     written: dict[int, Program] = {}
     for mode, graph in graphs.items():
         if id(graph) not in written:
-            own = inputs is None
-            starts = {name: found(graph.places, graph.inputs, name) for name in edited}
-            starts |= graph.inputs if own else {name: found(graph.places, graph.inputs, name) for name in inputs or ()}
-            ends: Any = graph.output
-            if outputs is not None:
-                each = tuple(found(graph.places, graph.inputs, name) for name in outputs)
-                ends = each[0] if len(each) == 1 else each
-            cut = Cut(graph, starts, ends, at_the_end=outputs is None)
-            if not own:
-                separated(cut, inputs or (), outputs)
-            writer = Writer(cut)
-            written[id(graph)] = writer.program()
+            writer = written_by(graph, inputs, outputs, edited)
+            again = partial(flip, graph, mode)
+            for where, source in writer.cut.unseen.items():
+                if steered(writer, lambda at, again=again: written_by(again(at), inputs, outputs, edited), where):  # type: ignore[misc]
+                    raise ValueError(
+                        f"the model's code reads a size of {source} at {where}, and the part cannot: add that value to "
+                        "inputs"
+                    )
+            written[id(graph)] = writer.written
             fill(part, model, graph, writer)
         part._programs[mode] = written[id(graph)]
     part._compile()

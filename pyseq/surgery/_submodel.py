@@ -1,13 +1,14 @@
 """Parts of models and runs with edited values, by the model's graph where it has one."""
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyseq._capture import Graph, Node, Uncapturable, arguments, capture, leaves, signature
+from pyseq._capture import Graph, Node, Uncapturable, arguments, capture, flipped, leaves, signature
 from pyseq.surgery._intercept import Intercepted, listing, run
 from pyseq.surgery._parts import addresses, found, from_graphs, listed
 
@@ -96,7 +97,8 @@ def submodel(
     Raises ValueError for an unknown address, with those nearest; for a module's path where it is called several times;
     for a cut that the model's inputs pass, naming the values that leak and who wants them; and for a part that would
     have to go by values, or sizes, that it does not see. TypeError for an example that the model does not take.
-    Time: two forward passes. Source: https://kexue.fm/archives/6985.
+    Time: two forward passes, and one for each line before the cut that goes by a size. Source:
+    https://kexue.fm/archives/6985.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> x = torch.randn(5, 4)
@@ -109,7 +111,7 @@ def submodel(
     graphs, reason = _graphs(model, example, wanted)
     if graphs:
         try:
-            return from_graphs(model, graphs, starts, ends)
+            return from_graphs(model, graphs, starts, ends, _flip(model, example, wanted))
         except Uncapturable as error:
             reason = str(error)
     return Intercepted(model, starts, ends, example, reason)
@@ -129,6 +131,10 @@ def _graphs(model: nn.Module, example: Any, wanted: Sequence[str]) -> tuple[dict
     return graphs, ""
 
 
+def _flip(model: nn.Module, example: Any, wanted: Sequence[str]) -> Callable[[Graph, bool, str], Graph]:
+    return lambda graph, mode, where: flipped(model, example, wanted, graph, mode, where)
+
+
 def rerun(model: nn.Module, args: Any, edits: Mapping[str, Any]) -> Any:
     """What the model gives where some of its values are replaced by others.
 
@@ -145,10 +151,20 @@ def rerun(model: nn.Module, args: Any, edits: Mapping[str, Any]) -> Any:
     if not edits:
         raise ValueError("edits must name at least one address, got none; call the model itself")
     given, keywords = arguments(model, args)
+    own = signature(model, given, keywords)
+    paths = dict(model.named_modules())
+    if ahead := {name: x for name, x in edits.items() if name in own and name not in paths}:
+        bound = inspect.signature(model.forward).bind(*given, **keywords)
+        bound.arguments.update(ahead)
+        given, keywords = bound.args, bound.kwargs
+        edits = {name: x for name, x in edits.items() if name not in ahead}
+        if not edits:
+            return model(*given, **keywords)
+        args = {**own, **ahead}
     graphs, _ = _graphs(model, args, [*edits])
     if graphs:
         try:
-            part = from_graphs(model, graphs, None, None, [*edits])
+            part = from_graphs(model, graphs, None, None, _flip(model, args, [*edits]), [*edits])
             return part(*edits.values(), **signature(model, given, keywords))
         except Uncapturable:
             pass

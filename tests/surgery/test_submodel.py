@@ -752,3 +752,80 @@ def test_a_model_that_never_ran() -> None:
     with pytest.raises(ValueError, match=r"0\.weight has no shape before the model's first run"):
         surgery.nodes(model, torch.randn(2, 4))
     assert type(model[0]) is nn.LazyLinear
+
+
+class Steered(nn.Module):
+    """A size read before a cut: how says where it acts."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.how = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        many = x.shape[0] > 1
+        if self.how == "checked" and x.shape[0] > 9:
+            raise ValueError("too many")
+        h = self.a(x)
+        if self.how == "before" and many:
+            h = h * 2
+        later = bool(many) if self.how == "later" else False
+        if self.how == "around" and h.shape[0] > 1:
+            return self.c(self.b(h))  # type: ignore[no-any-return]
+        h = self.b(h)
+        if self.how == "values" and h.sum() > 1e9:
+            h = h * 2
+        if later:
+            h = self.c(h)
+        return h / x.shape[0] if self.how == "values" else h  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["checked", "before"])
+def test_sizes_that_steer_only_what_comes_before_a_cut(how: str) -> None:
+    model, y, at = Steered(how), torch.randn(1, 4), "a" if how == "checked" else "b"
+    head = surgery.submodel(model, at, example=y)
+    tail = surgery.submodel(model, inputs=at, example=torch.randn(3, 4))
+    assert torch.equal(tail(head(y)), model(y))
+
+
+@pytest.mark.parametrize("how", ["later", "around"])
+def test_sizes_that_steer_what_comes_after_a_cut(how: str) -> None:
+    with pytest.raises(ValueError, match=r"reads a size of '[ax]' at test_submodel\.py:\d+, and the part cannot: add"):
+        surgery.submodel(Steered(how), inputs="b", example=torch.randn(3, 4))
+
+
+def test_sizes_of_the_example_in_a_model_that_is_no_graph() -> None:
+    """A part that runs code before the cut on the example refuses other sizes where that code reads them."""
+    model, x = Steered("values"), torch.randn(3, 4)
+    tail = surgery.submodel(model, inputs="b", example=x)
+    assert isinstance(tail, Intercepted)
+    assert torch.equal(tail(model.b(model.a(x))), model(x))
+    with pytest.raises(ValueError, match=r"a size of an input at test_submodel\.py:\d+.*example's sizes, \(3, 4\)"):
+        tail(torch.randn(5, 4))
+
+
+def test_two_inputs_of_which_one_is_the_models_own() -> None:
+    """An encoder before a decoder: what the encoder does with sizes is no business of the decoder's."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = Steered("before"), nn.Linear(4, 4)
+
+        def forward(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
+            seen = self.encoder(source)
+            return {"y": self.decoder(target + seen.mean(0)), "seen": seen}
+
+    model, x, y = Two(), torch.randn(3, 4), torch.randn(2, 4)
+    tail = surgery.submodel(model, inputs=["encoder", "target"], example=(x, y))
+    for source in (x, x[:1]):
+        assert torch.equal(tail(model.encoder(source), y)["y"], model(source, y)["y"])
+    with pytest.raises(ValueError, match=r"leaks: encoder\.b is part of the result; add encoder\.b to inputs"):
+        surgery.submodel(model, inputs="decoder", example=(x, y))
+
+
+@pytest.mark.parametrize("how", ["before", "values"])
+def test_rerun_with_another_input(how: str) -> None:
+    model, x, y = Steered(how), torch.randn(3, 4), torch.randn(2, 4)
+    assert torch.equal(surgery.rerun(model, x, {"x": y}), model(y))
+    edited = surgery.rerun(model, {"x": x}, {"x": y, "b": torch.ones(2, 4)})
+    assert torch.equal(edited, torch.ones(2, 4) / (2 if how == "values" else 1))
