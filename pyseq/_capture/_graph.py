@@ -45,6 +45,12 @@ def signature(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return found
 
 
+def defaults(model: nn.Module, given: Collection[str]) -> dict[str, Any]:
+    """The arguments of the model that were left out, with the values that they have then."""
+    every = inspect.signature(model.forward).parameters.values()
+    return {x.name: x.default for x in every if x.default is not x.empty and x.name not in given}
+
+
 @contextmanager
 def untouched(model: nn.Module, *more: Tensor) -> Iterator[None]:
     """Without gradients; behind it modules' attributes and hooks, buffers, the tensors named and random numbers are as
@@ -108,6 +114,7 @@ def _graph(
                 opaque[inner] = str(error)
                 continue
         trace.graph.output = mapped(trace._seen, output)
+        trace.graph.inputs.update(defaults(model, trace.graph.inputs))
         return trace.graph
 
 

@@ -95,7 +95,7 @@ def found(places: Places, inputs: Mapping[str, Any], address: str) -> Any:
     """What is at an address, or an input of the model by its name."""
     if address in inputs and address not in places:
         return inputs[address]
-    base, _, call = address.partition("#")
+    base, numbered, call = address.partition("#")
     times = places.get(base)
     if times is None:
         near = difflib.get_close_matches(address, [*addresses(places), *inputs], 5, 0.4)
@@ -105,7 +105,7 @@ def found(places: Places, inputs: Mapping[str, Any], address: str) -> Any:
         calls = [f"{base}#{i}" for i in range(len(times))]
         shown = ", ".join(calls if len(calls) < 9 else [*calls[:3], "...", calls[-1]])
         raise ValueError(f"{base!r} is computed {len(times)} times, name one: {shown}")
-    if call and not (call.isdecimal() and int(call) < len(times)):
+    if numbered and not (call.isdecimal() and int(call) < len(times)):
         raise ValueError(f"{address!r}: {base!r} is computed {len(times)} times, calls count from 0")
     return times[int(call or 0)]
 
@@ -382,7 +382,7 @@ def fill(part: Part, model: nn.Module, graph: Graph, writer: Writer) -> None:
 def listed(addresses: str | Sequence[str] | None, what: str) -> list[str] | None:
     if addresses is None:
         return None
-    names = [addresses] if isinstance(addresses, str) else [*addresses]
+    names = [addresses] if isinstance(addresses, str) else [*addresses] if isinstance(addresses, Sequence) else []
     if not names or not all(isinstance(x, str) for x in names):
         raise ValueError(f"{what} must be an address or a list of addresses, got {addresses!r}")
     if len({*names}) < len(names):

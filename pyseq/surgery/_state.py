@@ -61,6 +61,8 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     >>> model["b"].weight is model["a"].weight
     True
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a state dict, got {type(state).__name__}")
     own = model.state_dict(keep_vars=True)
     meta = [name for name, t in own.items() if isinstance(t, Tensor) and t.is_meta]
     if meta:

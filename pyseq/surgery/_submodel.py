@@ -51,6 +51,7 @@ def nodes(model: nn.Module, *example: Any, **keywords: Any) -> Nodes:
     0      float32 (5, 3)
     1      float32 (5, 3)
     """
+    model = original(model)
     given: Any = signature(model, example, keywords) if keywords else example
     try:
         graph = capture(model, given)[model.training]
@@ -106,6 +107,7 @@ def submodel(
     >>> torch.equal(tail(head(x)), model(x)), [name for name, _ in tail.named_parameters()]
     (True, ['2.weight', '2.bias'])
     """
+    model = original(model)
     starts, ends = listed(inputs, "inputs"), listed(outputs, "outputs")
     wanted = [*(starts or ()), *(ends or ())]
     graphs, reason = _graphs(model, example, wanted)
@@ -115,6 +117,14 @@ def submodel(
         except Uncapturable as error:
             reason = str(error)
     return Intercepted(model, starts, ends, example, reason)
+
+
+def original(model: nn.Module) -> nn.Module:
+    """The model, of a compiled one what was compiled."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def _graphs(model: nn.Module, example: Any, wanted: Sequence[str]) -> tuple[dict[bool, Graph], str]:
@@ -148,6 +158,9 @@ def rerun(model: nn.Module, args: Any, edits: Mapping[str, Any]) -> Any:
     >>> torch.equal(rerun(model, x, {"1": torch.zeros(5, 8)}), model[2].bias.expand(5, 2))
     True
     """
+    model = original(model)
+    if not isinstance(edits, Mapping) or not all(isinstance(name, str) for name in edits):
+        raise TypeError(f"edits must be a dict of new values by address, got {edits!r:.60}")
     if not edits:
         raise ValueError("edits must name at least one address, got none; call the model itself")
     given, keywords = arguments(model, args)
@@ -164,7 +177,8 @@ def rerun(model: nn.Module, args: Any, edits: Mapping[str, Any]) -> Any:
     graphs, _ = _graphs(model, args, [*edits])
     if graphs:
         try:
-            part = from_graphs(model, graphs, None, None, _flip(model, args, [*edits]), [*edits])
+            present = {model.training: graphs[model.training]}
+            part = from_graphs(model, present, None, None, _flip(model, args, [*edits]), [*edits])
             return part(*edits.values(), **signature(model, given, keywords))
         except Uncapturable:
             pass

@@ -123,6 +123,9 @@ def share(a: nn.Module, b: nn.Module) -> Edit:
     >>> a.weight is b.weight
     True
     """
+    for x in (a, b):
+        if not isinstance(x, nn.Module):
+            raise TypeError(f"a and b must be modules, got {type(x).__name__}")
     if a is b:
         raise ValueError("a and b are one module, which shares everything already: give two")
     theirs, mine = dict(named_tensors(a)), dict(named_tensors(b))

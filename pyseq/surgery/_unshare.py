@@ -57,6 +57,7 @@ def unshare(
     >>> print(model._unshared)
     0: 3 calls, 3 copies; parameters 20 -> 60
     """
+    _refuse(model, pattern)
     _follow.check(optimizer, model, state)
     wanted = _wanted(layers, groups)
     work = model if inplace else copy.deepcopy(model)
@@ -127,13 +128,25 @@ def reshare(model: nn.Module, *, optimizer: Optimizer | None = None, inplace: bo
     return work
 
 
+def _refuse(model: Any, pattern: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    each = [pattern] if isinstance(pattern, str) else pattern
+    if each is not None and not (isinstance(each, Sequence) and all(isinstance(x, str) for x in each)):
+        raise TypeError(f"pattern must be a glob over module paths, or a list of them, got {pattern!r}")
+    if each is not None and not each:
+        raise ValueError("pattern is an empty list: name what to un-share, or leave it out")
+
+
 def _wanted(layers: Iterable[int] | None, groups: int | None) -> set[int] | None:
     if layers is None:
-        if groups is not None and index(groups) < 1:
-            raise ValueError(f"groups must be at least 1, got {groups}")
+        if groups is not None and (not isinstance(groups, int) or groups < 1):
+            raise ValueError(f"groups must be at least 1, got {groups!r}")
         return None
     if groups is not None:
         raise ValueError("layers and groups exclude one another: give layers= for some calls, or groups= for all")
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be numbers of calls, such as range(2), got {layers!r}")
     wanted = {index(i) for i in layers}
     if not wanted or min(wanted) < 0:
         raise ValueError(f"layers must be numbers of calls from 0, such as range(2), got {sorted(wanted)}")

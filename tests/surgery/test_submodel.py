@@ -829,3 +829,66 @@ def test_rerun_with_another_input(how: str) -> None:
     assert torch.equal(surgery.rerun(model, x, {"x": y}), model(y))
     edited = surgery.rerun(model, {"x": x}, {"x": y, "b": torch.ones(2, 4)})
     assert torch.equal(edited, torch.ones(2, 4) / (2 if how == "values" else 1))
+
+
+def test_arguments_that_the_example_left_out() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, *, pad: Tensor | None = None, scale: float = 2.0) -> Tensor:
+            return self.inner(x if pad is None else x + pad) * scale  # type: ignore[no-any-return]
+
+    model, x = Model(), torch.randn(3, 4)
+    part = surgery.submodel(model, example=x)
+    assert torch.equal(part(x, pad=None, scale=2.0), model(x))
+    for other in ({"pad": x}, {"scale": 3.0}):
+        with pytest.raises(ValueError, match="must be as in the example"):
+            part(x, **other)
+
+
+def test_of_a_compiled_model_parts_are_those_of_the_original() -> None:
+    model, x = Residual(0.0).eval(), torch.randn(2, 3, 9)
+    compiled: Any = torch.compile(model, backend="eager")
+    assert str(surgery.nodes(compiled, x)) == str(surgery.nodes(model, x))
+    assert torch.equal(surgery.submodel(compiled, "stem", example=x)(x), model.stem(x))
+    assert surgery.rerun(compiled, x, {"stem": torch.zeros(2, 4, 7)})["scores"].shape == (2, 2)
+
+
+def test_rerun_in_the_present_mode() -> None:
+    class Modes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x) * 2 if self.training else torch.sigmoid(x)
+
+    model, x = Modes(), torch.ones(3)
+    assert torch.equal(surgery.rerun(model, x, {"tanh": x}), 2 * x)
+    assert torch.equal(surgery.rerun(model.eval(), x, {"sigmoid": x}), x)
+
+
+def test_wrong_types() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    wrong: Any
+    for wrong in (3, 0, [], [1]):
+        with pytest.raises(ValueError, match="outputs must be an address or a list of addresses, got"):
+            surgery.submodel(model, wrong, example=x)
+    for wrong in ([("0", x)], {0: x}):
+        with pytest.raises(TypeError, match="edits must be a dict of new values by address, got"):
+            surgery.rerun(model, x, wrong)
+    with pytest.raises(ValueError, match=r"'0#': '0' is computed 1 times, calls count from 0"):
+        surgery.submodel(model, "0#", example=x)
+    for call in (surgery.submodel, surgery.unshare):
+        with pytest.raises(TypeError, match=r"model must be an nn\.Module, got function"):
+            call(lambda x: x, example=x)  # type: ignore[arg-type]
+    for wrong, said in (({"pattern": 3}, "pattern must be"), ({"pattern": [1]}, "pattern must be"),
+                        ({"layers": 2}, "layers must be numbers of calls")):  # fmt: skip
+        with pytest.raises(TypeError, match=said):
+            surgery.unshare(model, **wrong)
+    for wrong, said in (({"pattern": []}, "pattern is an empty list"), ({"groups": "2"}, "groups must be at least 1")):
+        with pytest.raises(ValueError, match=said):
+            surgery.unshare(model, **wrong)
+    wrong = None
+    with pytest.raises(TypeError, match="a and b must be modules, got NoneType"):
+        surgery.share(model, wrong)
+    with pytest.raises(TypeError, match="state must be a state dict, got NoneType"):
+        surgery.load_state_dict(model, wrong)
