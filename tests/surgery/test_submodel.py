@@ -892,3 +892,52 @@ def test_wrong_types() -> None:
         surgery.share(model, wrong)
     with pytest.raises(TypeError, match="state must be a state dict, got NoneType"):
         surgery.load_state_dict(model, wrong)
+
+
+class Cache:
+    """Holds tensors of a run, as the key-value caches of decoders do."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+
+
+class Cached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Cache]:
+        cache = Cache()
+        h = self.inner(x)
+        cache.keys.append(h)
+        return self.out(h), cache
+
+
+def test_objects_that_hold_tensors_of_the_run() -> None:
+    """They are made anew; parts that do not give them are graphs."""
+    model, x, y = Cached(), torch.randn(3, 4), torch.randn(5, 4)
+    found, cache = surgery.submodel(model, example=x)(y)
+    assert torch.equal(found, model(y)[0])
+    assert torch.equal(cache.keys[0], model.inner(y))
+    part = surgery.submodel(model, "out", example=x)
+    assert type(part) is Part
+    assert torch.equal(part(y), model(y)[0])
+
+
+def test_what_hooks_note_down_is_a_value_of_the_graph() -> None:
+    notes: list[Tensor] = []
+
+    class Noted(nn.Sequential):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            notes.clear()
+            super().forward(x)
+            return tuple(notes)
+
+    model, x, y = Noted(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4), torch.randn(5, 4)
+    for layer in model:
+        layer.register_forward_hook(lambda _module, _args, output: notes.append(output))
+    part = surgery.submodel(model, example=x)
+    assert type(part) is Part
+    for found, wanted in zip(part(y), model(y), strict=True):
+        assert torch.equal(found, wanted)
+    assert torch.equal(surgery.rerun(model, x, {"0": y[:3]})[0], y[:3])
