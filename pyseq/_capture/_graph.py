@@ -89,7 +89,7 @@ def _is_container(name: str, x: Any) -> bool:
 
 def _graph(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool, opaque: dict[str, str],
-    descend: Collection[str], flip: str = "",
+    descend: Collection[str], flip: Any = None,
 ) -> Graph:  # fmt: skip
     """One mode's graph; modules whose code cannot be recorded are added to `opaque`, unless it is a flipped run."""
     while True:
@@ -133,10 +133,10 @@ def capture(model: nn.Module, example: Any, descend: Collection[str] = ()) -> di
     return {True: merged, False: merged} if merged else graphs
 
 
-def flipped(model: nn.Module, example: Any, descend: Collection[str], graph: Graph, mode: bool, where: str) -> Graph:
+def flipped(model: nn.Module, example: Any, descend: Collection[str], graph: Graph, mode: bool, line: Any) -> Graph:
     """The graph again, had the code at this line read another size. Raises what the model raises."""
     args, kwargs = arguments(model, example)
-    return _graph(model, args, kwargs, mode, {**graph.closed}, descend, where)
+    return _graph(model, args, kwargs, mode, {**graph.closed}, descend, line)
 
 
 def _next(rest: Iterator[Any], _: Any) -> Any:

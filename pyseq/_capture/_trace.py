@@ -122,9 +122,9 @@ class Made(TorchFunctionMode):
 
 
 class Trace:
-    """Records one run. flip: a line of code; what it reads of a size is taken for another there."""
+    """Records one run. flip: a line of code in a module; what it reads of a size is taken for another there."""
 
-    def __init__(self, model: nn.Module, opaque: Mapping[str, str], descend: Collection[str], flip: str = "") -> None:
+    def __init__(self, model: nn.Module, opaque: Mapping[str, str], descend: Collection[str], flip: Any = None) -> None:
         self.opaque, self.descend, self.flip = opaque, descend, flip
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.names = {id(x): name for name, x in (*model.named_parameters(), *model.named_buffers())}
@@ -318,9 +318,9 @@ class Trace:
         return found
 
     def guard(self, value: Value, number: bool) -> Any:
-        here = Guard(value._node, value._real, len(self.graph.nodes), number, place())
+        here = Guard(value._node, value._real, len(self.graph.nodes), number, place(), self.frames[-1].path)
         self.graph.guards.append(here)
-        if self.flip == here.where:
+        if self.flip == here.line:
             return value._real + 1 if number else not value._real
         return value._real
 

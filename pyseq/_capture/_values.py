@@ -102,6 +102,11 @@ class Guard:
     position: int  # in the nodes, when it was read
     number: bool  # it became a plain number, not only a branch
     where: str
+    owner: str  # path of the module in whose forward
+
+    @property
+    def line(self) -> tuple[str, str]:
+        return self.where, self.owner
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ class Cut:
 
     def guards(self) -> list[tuple[Node, Any, str]]:
         """What a part can check of the sizes it gets; `unseen` has the lines that read others, with their values."""
-        self.unseen: dict[str, str] = {}
+        self.unseen: dict[tuple[str, str], str] = {}
         if not self.needed:
             return []
         held, end = [], max(x.index for x in self.needed)
@@ -166,7 +166,7 @@ class Cut:
             tensors = {x for x in want if x.shape is not None}
             if any(x.op == "input" for x in want):
                 if guard.position <= end:
-                    self.unseen.setdefault(guard.where, self._source(want))
+                    self.unseen.setdefault(guard.line, self._source(want))
             elif tensors <= self.needed:
                 self.needed |= want
                 held.append((guard.node, guard.seen, f"what {guard.where} reads of a size"))
@@ -434,13 +434,13 @@ def written_by(
     return writer
 
 
-def steered(writer: Writer, other: Callable[[str], Writer], where: str) -> bool:
+def steered(writer: Writer, other: Callable[[Any], Writer], line: tuple[str, str]) -> bool:
     """Whether the part would be another, had a line of code before the cut read another size there.
 
     A line that checks, and raises its own error, steers nothing.
     """
     try:
-        again = other(where)
+        again = other(line)
     except (AssertionError, TypeError, NotImplementedError):
         return False
     except ValueError as error:
@@ -460,7 +460,7 @@ def _is_own(error: Exception) -> bool:
 
 def from_graphs(
     model: nn.Module, graphs: Mapping[bool, Graph], inputs: list[str] | None, outputs: list[str] | None,
-    flip: Callable[[Graph, bool, str], Graph], edited: Sequence[str] = (),
+    flip: Callable[[Graph, bool, Any], Graph], edited: Sequence[str] = (),
 ) -> Part:  # fmt: skip
     """The part; edited: addresses that it takes besides the model's own inputs. flip: see `steered`."""
     part = Part([*edited] if edited else inputs, outputs)
@@ -470,11 +470,11 @@ def from_graphs(
         if id(graph) not in written:
             writer = written_by(graph, inputs, outputs, edited)
             again = partial(flip, graph, mode)
-            for where, source in writer.cut.unseen.items():
-                if steered(writer, lambda at, again=again: written_by(again(at), inputs, outputs, edited), where):  # type: ignore[misc]
+            for line, source in writer.cut.unseen.items():
+                if steered(writer, lambda at, again=again: written_by(again(at), inputs, outputs, edited), line):  # type: ignore[misc]
                     raise ValueError(
-                        f"the model's code reads a size of {source} at {where}, and the part cannot: add that value to "
-                        "inputs"
+                        f"the model's code reads a size of {source} at {line[0]}, and the part cannot: add that "
+                        "value to inputs"
                     )
             written[id(graph)] = writer.written
             fill(part, model, graph, writer)

@@ -141,8 +141,8 @@ def _graphs(model: nn.Module, example: Any, wanted: Sequence[str]) -> tuple[dict
     return graphs, ""
 
 
-def _flip(model: nn.Module, example: Any, wanted: Sequence[str]) -> Callable[[Graph, bool, str], Graph]:
-    return lambda graph, mode, where: flipped(model, example, wanted, graph, mode, where)
+def _flip(model: nn.Module, example: Any, wanted: Sequence[str]) -> Callable[[Graph, bool, Any], Graph]:
+    return lambda graph, mode, line: flipped(model, example, wanted, graph, mode, line)
 
 
 def rerun(model: nn.Module, args: Any, edits: Mapping[str, Any]) -> Any:

@@ -809,11 +809,11 @@ def test_two_inputs_of_which_one_is_the_models_own() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.encoder, self.decoder = Steered("before"), nn.Linear(4, 4)
+            self.encoder, self.decoder, self.last = Steered("before"), nn.Linear(4, 4), Steered("before")
 
         def forward(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
             seen = self.encoder(source)
-            return {"y": self.decoder(target + seen.mean(0)), "seen": seen}
+            return {"y": self.last(self.decoder(target + seen.mean(0))), "seen": seen}
 
     model, x, y = Two(), torch.randn(3, 4), torch.randn(2, 4)
     tail = surgery.submodel(model, inputs=["encoder", "target"], example=(x, y))
