@@ -74,9 +74,8 @@ def untouched(model: nn.Module, *more: Tensor) -> Iterator[None]:
             if not torch.equal(x, old):  # a copy would spoil graphs that hold the tensor
                 x.detach().copy_(old)
         for container, old in held:
-            if [*container] != [*old] if isinstance(container, (dict, set)) else True:
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(old)
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(old)
         for module, attributes in before:
             vars(module).clear()
             vars(module).update(attributes)

@@ -42,45 +42,6 @@ PLAIN = ("dim", "ndimension", "get_device", "element_size", "untyped_storage", "
 VALUES = ("item", "tolist", "numpy", "__array__", "is_nonzero", "equal", "allclose")  # read a tensor's values
 SIZES = ("size", "numel", "nelement", "stride", "storage_offset", "__len__")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-UNARY = ("neg", "pos", "invert", "abs")
-BINARY = (
-    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift",
-)  # fmt: skip
-FLOATS = ("ceil", "exp", "floor", "log", "log2", "log10", "pow", "prod", "sqrt")  # of math
-PLAIN = ("dim", "ndimension", "get_device", "element_size", "untyped_storage", "data_ptr")  # asked once, never recorded
-VALUES = ("item", "tolist", "numpy", "__array__", "is_nonzero", "equal", "allclose")  # read a tensor's values
-SIZES = ("size", "numel", "nelement", "stride", "storage_offset", "__len__")
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-UNARY = ("neg", "pos", "invert", "abs")
-BINARY = (
-    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift",
-)  # fmt: skip
-PLAIN = ("dim", "ndimension", "get_device", "element_size", "untyped_storage", "data_ptr")  # asked once, never recorded
-VALUES = ("item", "tolist", "numpy", "__array__", "is_nonzero", "equal", "allclose")  # read a tensor's values
-SIZES = ("size", "numel", "nelement", "stride", "storage_offset", "__len__")
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-UNARY = ("neg", "pos", "invert", "abs")
-BINARY = (
-    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift",
-)  # fmt: skip
-VALUES = ("item", "tolist", "numpy", "__array__", "is_nonzero", "equal", "allclose")  # read a tensor's values
-SIZES = ("size", "numel", "nelement", "stride", "storage_offset", "__len__")
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-UNARY = ("neg", "pos", "invert", "abs")
-BINARY = (
-    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift",
-)  # fmt: skip
-SIZES = ("size", "numel", "nelement", "stride", "storage_offset", "__len__")
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-UNARY = ("neg", "pos", "invert", "abs")
-BINARY = (
-    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift",
-)  # fmt: skip
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-UNARY = ("neg", "pos", "invert", "abs")
-BINARY = (
-    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift",
-)  # fmt: skip
 APPLY = torch.autograd.Function.__dict__["apply"]
 LOCK = threading.RLock()
 

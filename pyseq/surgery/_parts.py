@@ -434,28 +434,25 @@ def written_by(
     return writer
 
 
-def steered(writer: Writer, other: Callable[[Any], Writer], line: tuple[str, str]) -> bool:
+def steered(
+    writer: Writer, flip: Callable[[], Graph], inputs: list[str] | None, outputs: list[str] | None,
+    edited: Sequence[str],
+) -> bool:  # fmt: skip
     """Whether the part would be another, had a line of code before the cut read another size there.
 
     A line that checks, and raises its own error, steers nothing.
     """
     try:
-        again = other(line)
-    except (AssertionError, TypeError, NotImplementedError):
+        graph = flip()
+    except (ValueError, AssertionError, NotImplementedError):
         return False
-    except ValueError as error:
-        return not error.__traceback__ or _is_own(error)
-    except (RuntimeError, IndexError, KeyError, AttributeError):
+    except Exception:
+        return True
+    try:
+        again = written_by(graph, inputs, outputs, edited)
+    except (ValueError, Uncapturable):  # no such part
         return True
     return writer.plain() != again.plain()
-
-
-def _is_own(error: Exception) -> bool:
-    """Raised by this module, as of an address that is not there any more, not by the model."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    return last is not None and last.tb_frame.f_code.co_filename == __file__
 
 
 def from_graphs(
@@ -469,9 +466,8 @@ def from_graphs(
     for mode, graph in graphs.items():
         if id(graph) not in written:
             writer = written_by(graph, inputs, outputs, edited)
-            again = partial(flip, graph, mode)
             for line, source in writer.cut.unseen.items():
-                if steered(writer, lambda at, again=again: written_by(again(at), inputs, outputs, edited), line):  # type: ignore[misc]
+                if steered(writer, partial(flip, graph, mode, line), inputs, outputs, edited):
                     raise ValueError(
                         f"the model's code reads a size of {source} at {line[0]}, and the part cannot: add that "
                         "value to inputs"

@@ -624,10 +624,12 @@ class Aside(nn.Module):
         super().__init__()
         self.inner, self.out, self.calls = nn.ModuleDict({"l": nn.Linear(4, 4), "own": KeepsOne()}), nn.Linear(4, 4), 0
         self.notes: list[Tensor] = []
+        self.sizes = {"batch": 0}
         self.inner["l"].register_forward_hook(lambda _module, _args, output: self.notes.append(output))
 
     def forward(self, x: Tensor) -> Any:
         self.calls += 1
+        self.sizes["batch"] = int(x.shape[0])
         self.notes.clear()
         h = self.inner["own"](self.inner["l"](x))
         return self.out(h), self.inner["own"].aside, tuple(self.notes)
@@ -651,7 +653,7 @@ def test_tensors_kept_aside() -> None:
     surgery.nodes(model, x)
     part: Any = surgery.submodel(model, example=x)
     assert {name: {**vars(module)} for name, module in model.named_modules()} == before
-    assert (model.calls, model.notes) == (0, [])
+    assert (model.calls, model.notes, model.sizes) == (0, [], {"batch": 0})
     for found, wanted in zip((*part(y)[:2], *part(y)[2]), (*model(y)[:2], *model(y)[2]), strict=True):
         assert torch.equal(found, wanted)
     part(y)[1].backward()
